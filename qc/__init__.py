@@ -1,0 +1,1 @@
+"""qc: a quantization compiler for large language models."""
