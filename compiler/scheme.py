@@ -1,0 +1,128 @@
+"""Scheme: which number formats the linears of a model get, as frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from wcmatch import fnmatch
+
+Granularity = Literal["tensor", "channel", "token", "group"]
+GLOB_FLAGS = fnmatch.BRACE | fnmatch.CASE
+BRACE_LIMIT = 10_000
+"""Most alternatives that one glob may expand to."""
+
+
+@dataclass(frozen=True)
+class Int:
+    """A signed symmetric integer format; an asymmetric activation (``per="tensor"``) carries an offset."""
+
+    bits: int
+    per: Granularity
+    group: int = 0
+    """Input channels that share one scale, for ``per="group"``."""
+    symmetric: bool = True
+
+    @property
+    def qmax(self) -> int:
+        """Largest integer: 2^(bits-1) - 1."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        """Smallest integer: -2^(bits-1)."""
+        return -(2 ** (self.bits - 1))
+
+    def __str__(self) -> str:
+        per = f"group({self.group})" if self.per == "group" else self.per
+        return f"int{self.bits}/{per}" + ("" if self.symmetric else "/asym")
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """Formats of one linear: its weight and its input activation; None means float."""
+
+    weight: Int | None = None
+    act: Int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is an integer here."""
+        return self.weight is not None
+
+    @property
+    def static(self) -> bool:
+        """Whether the activation's scale is fixed at calibration."""
+        return self.act is not None and self.act.per == "tensor"
+
+    def __str__(self) -> str:
+        weight = f"W{self.weight.bits}" if self.weight else "W16"
+        act = f"A{self.act.bits}" if self.act else "A16"
+        group = f" g{self.weight.group}" if self.weight and self.weight.group else ""
+        return weight + act + (" static" if self.static else "") + group
+
+
+FLOAT = LinearScheme()
+W8A8 = LinearScheme(Int(8, "channel"), Int(8, "token"))
+W8A8_STATIC = LinearScheme(Int(8, "channel"), Int(8, "tensor", symmetric=False))
+W8A16 = LinearScheme(Int(8, "channel"))
+W4A16 = LinearScheme(Int(4, "channel"))
+W4A16_G64 = LinearScheme(Int(4, "group", group=64))
+W4A4 = LinearScheme(Int(4, "channel"), Int(4, "token"))
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a module name equals or globs one of the patterns: ``*`` spans dots, braces expand."""
+    return any(
+        name == glob or fnmatch.fnmatch(name, glob, flags=GLOB_FLAGS, limit=BRACE_LIMIT) for glob in globs
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A scheme for the linears whose names match ``include``, not ``exclude``, and whose role is ``role``."""
+
+    # what it matches
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    role: str | None = None
+    """A role that patterns give to linears by dataflow: ``gated`` (writer of a gated product), ``expert``."""
+    # what it does
+    scheme: LinearScheme
+
+    def applies(self, name: str, roles: Mapping[str, frozenset[str]]) -> bool:
+        """Whether this rule takes the linear ``name``, given the linears that have each role."""
+        if self.role is not None and name not in roles.get(self.role, frozenset()):
+            return False
+        return matches(name, self.include) and not matches(name, self.exclude)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A named, ordered list of rules. The first rule that matches a linear wins; none means float."""
+
+    name: str
+    rules: tuple[Rule, ...] = field(default_factory=tuple)
+
+    def of(self, name: str, roles: Mapping[str, frozenset[str]]) -> LinearScheme:
+        """The formats of the linear ``name``."""
+        return next((rule.scheme for rule in self.rules if rule.applies(name, roles)), FLOAT)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "auto", (Rule(role="expert", scheme=W8A8), Rule(role="gated", scheme=W4A4), Rule(scheme=W8A8))
+        ),
+        Scheme("w8a8", (Rule(scheme=W8A8),)),
+        Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),)),
+        Scheme("w8a16", (Rule(scheme=W8A16),)),
+        Scheme("w4a16", (Rule(scheme=W4A16),)),
+        Scheme("w4a16-g64", (Rule(scheme=W4A16_G64),)),
+        Scheme("w4a4", (Rule(scheme=W4A4),)),
+        Scheme("float"),
+    )
+}
+"""The schemes of ``--scheme``. Only block linears are offered to a scheme: embedding and head stay float."""
