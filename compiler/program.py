@@ -79,6 +79,10 @@ class WeightSource(Protocol):
         """Read tensors on CPU, in their storage dtype. Files are opened for this call and closed after it."""
         ...
 
+    def check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse a tensor that holds NaN or infinity, naming it and where it came from."""
+        ...
+
 
 @dataclass(frozen=True)
 class Program:

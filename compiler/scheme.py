@@ -110,19 +110,12 @@ class Scheme:
         return next((rule.scheme for rule in self.rules if rule.applies(name, roles)), FLOAT)
 
 
-SCHEMES: Mapping[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme(
-            "auto", (Rule(role="expert", scheme=W8A8), Rule(role="gated", scheme=W4A4), Rule(scheme=W8A8))
-        ),
-        Scheme("w8a8", (Rule(scheme=W8A8),)),
-        Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),)),
-        Scheme("w8a16", (Rule(scheme=W8A16),)),
-        Scheme("w4a16", (Rule(scheme=W4A16),)),
-        Scheme("w4a16-g64", (Rule(scheme=W4A16_G64),)),
-        Scheme("w4a4", (Rule(scheme=W4A4),)),
-        Scheme("float"),
-    )
-}
-"""The schemes of ``--scheme``. Only block linears are offered to a scheme: embedding and head stay float."""
+AUTO = Scheme("auto", (Rule(role="expert", scheme=W8A8), Rule(role="gated", scheme=W4A4), Rule(scheme=W8A8)))
+"""W4A4 on the writers of every gated product, W8A8 on the other linears and on experts."""
+ALL_W8A8 = Scheme("w8a8", (Rule(scheme=W8A8),))
+ALL_W8A8_STATIC = Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),))
+ALL_W8A16 = Scheme("w8a16", (Rule(scheme=W8A16),))
+ALL_W4A16 = Scheme("w4a16", (Rule(scheme=W4A16),))
+ALL_W4A16_G64 = Scheme("w4a16-g64", (Rule(scheme=W4A16_G64),))
+ALL_W4A4 = Scheme("w4a4", (Rule(scheme=W4A4),))
+KEEP_FLOAT = Scheme("float")

@@ -1,0 +1,1 @@
+"""What an exported model needs at run time: integer linears, rotations, formats. Imports torch alone."""

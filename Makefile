@@ -1,0 +1,64 @@
+# Every command a contributor needs. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+OUT ?= out
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+export TOKENIZERS_PARALLELISM = false
+DEMO := $(OUT)/demo
+DEMO_PASSES := iter_smooth,quarot,autoround{iters=10}
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check slow lint format bench clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## create .venv and install qc and its tools at the pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qc needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## compile a real model (SmolLM2-135M) to W4A4/W8A8, measure it, let it speak
+	@set -eu; \
+	model=$$($(BIN)/python -m benchmarks.smollm2 | tail -n 1); \
+	echo "== compiling $$model to $(DEMO)"; \
+	$(BIN)/qc compile "$$model" --passes '$(DEMO_PASSES)' --scheme auto --samples 8 --length 256 --out $(DEMO) --force; \
+	echo "== measuring"; \
+	$(BIN)/qc eval $(DEMO) --reference "$$model" --text benchmarks/evaluation.txt; \
+	echo "== the quantized model speaks"; \
+	$(BIN)/qc generate $(DEMO) "The capital of France is"; \
+	echo "== done: the checkpoint and its report are in $(DEMO); the plan, every rewrite and its proof beside the weights"
+
+test: lint  ## everything that must pass before a change is merged (what .ci/run runs)
+	$(PYTEST) -m "not slow"
+
+check: lint  ## the fast tier: lint, types and the tests that need no real model (under 3 minutes)
+	$(PYTEST) -m "not slow and not real"
+
+slow: $(STAMP)  ## the checks that take minutes each
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP)  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the measurements of docs/benchmarks.md (about an hour on 2 cores)
+	$(BIN)/python -m benchmarks.plan_cost
+	$(BIN)/python -m benchmarks.depth_memory
+	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.accuracy
+
+clean:  ## remove what was built (the environment stays)
+	rm -rf build dist qc.egg-info .pytest_cache .ruff_cache $(OUT)

@@ -1,0 +1,177 @@
+"""Cut a graph into prologue, blocks and epilogue, each of which runs by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from .canon import aten, spell, symbolic
+from .errors import Refused
+from .program import Leaf, Part
+
+
+def find_stack(graph: fx.Graph, owner: nn.Module) -> str:
+    """Name of the ``nn.ModuleList`` that owns most parameters among those all of whose children ran."""
+    ran = {name for node in graph.nodes for name in node.meta.get("stack", ())}
+    ran |= {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    found = [
+        (size(module), name)
+        for name, module in owner.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(f"{name}.{i}" in ran for i in range(len(module)))
+    ]
+    if not found:
+        raise Refused(
+            "no stack of decoder blocks: no nn.ModuleList of the model runs all its children.\n"
+            "qc compiles block by block; give it a decoder-only model whose layers are in one ModuleList."
+        )
+    return max(found)[1]
+
+
+def _output(graph: fx.Graph) -> fx.Node:
+    return next(iter(reversed(graph.nodes)))
+
+
+def assign(graph: fx.Graph, stack: str, count: int) -> None:
+    """Write ``meta["part"]`` on every node: 0 prologue, 1..count blocks, count + 1 epilogue."""
+    epilogue = count + 1
+    blocks = {f"{stack}.{i}": i + 1 for i in range(count)}
+    for node in graph.nodes:
+        latest = max((source.meta["part"] for source in node.all_input_nodes), default=0)
+        own = next((blocks[name] for name in node.meta.get("stack", ()) if name in blocks), None)
+        if node.op == "output":
+            part = epilogue
+        elif node.op in ("placeholder", "get_attr") or symbolic(node):
+            part = 0
+        elif own is None:
+            part = epilogue if latest == count else latest
+        else:
+            part = own
+        if part < latest:
+            raise Refused(
+                f"the blocks do not run in order: {node.name} of part {part} reads a value of part {latest}.\n"
+                "qc streams a model block by block and cannot hold this one."
+            )
+        node.meta["part"] = part
+
+
+def regroup(graph: fx.Graph) -> fx.Graph:
+    """The graph in order of parts, with parameters and sizes derived inside each part that uses them."""
+    new = fx.Graph(owning_module=graph.owning_module)
+    values: dict[fx.Node, fx.Node] = {}
+    by_part: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        by_part.setdefault(node.meta["part"], []).append(node)
+    for index in sorted(by_part):
+        _copy_part(new, index, by_part[index], values)
+    return new
+
+
+def _copy_part(new: fx.Graph, index: int, nodes: list[fx.Node], values: dict[fx.Node, fx.Node]) -> None:
+    own = [n for n in nodes if n.op not in ("get_attr",) and not symbolic(n)]
+    given = list(
+        dict.fromkeys(
+            source
+            for node in own
+            for source in node.all_input_nodes
+            if source.meta["part"] != index and source.op != "get_attr" and not symbolic(source)
+        )
+    )
+    given.sort(key=lambda n: -n.meta["part"])  # the hidden state before what the prologue made
+    local: dict[fx.Node, fx.Node] = {}
+    sizes: dict[str, fx.Node] = {}
+
+    def carry(node: fx.Node) -> fx.Node:
+        if node in local:
+            return local[node]
+        if node.op == "get_attr":
+            copy = new.create_node("get_attr", str(node.target))
+        elif symbolic(node):
+            expr = str(node.meta["val"])
+            if expr in sizes:
+                return sizes[expr]
+            copy = _size(expr) or new.node_copy(node, carry)
+            sizes[expr] = copy
+        else:
+            return values[node]
+        copy.meta = {**node.meta, "part": index}
+        local[node] = copy
+        return copy
+
+    def _size(expr: str) -> fx.Node | None:
+        for source in (*given, *(n for n in own if n.op == "placeholder")):
+            val = source.meta["val"]
+            for dim, size in enumerate(val.shape if isinstance(val, Tensor) else ()):
+                if isinstance(size, torch.SymInt) and str(size) == expr:
+                    return new.call_function(aten.sym_size.int, (values[source], dim))
+        return None
+
+    for node in own:
+        copy = new.node_copy(node, carry)
+        copy.meta = dict(node.meta)
+        values[node] = copy
+
+
+def block_text(graph: fx.Graph, index: int, prefix: str, leaves: Mapping[str, Leaf]) -> str:
+    """Text of one block, equal for blocks that compute the same: local numbering, prefix taken off.
+
+    Values from outside are numbered by first use, so which prologue value feeds which input is not part of it.
+    """
+    spelled: dict[fx.Node, str] = {}
+    lines: list[str] = []
+    inputs = 0
+    for node in graph.nodes:
+        if node.meta["part"] != index:
+            continue
+        for source in node.all_input_nodes:
+            if source not in spelled:
+                spelled[source] = f"in{inputs}"
+                inputs += 1
+        target = str(node.target).removeprefix(prefix + ".") if node.op != "call_function" else str(node.target)
+        if leaf := leaves.get(str(node.target)) if node.op == "call_module" else None:
+            target += f" {leaf.kind} {dict(leaf.parameters)} {leaf.norm} {leaf.transposed}"
+        args = ", ".join(spell(a, spelled) for a in node.args)
+        kwargs = "".join(f", {k}={spell(v, spelled)}" for k, v in node.kwargs.items())
+        spelled[node] = f"v{len(lines)}"
+        lines.append(f"{spelled[node]} = {node.op} {target}({args}{kwargs})")
+    return "\n".join(lines)
+
+
+def split(graph: fx.Graph, owner: nn.Module, leaves: Mapping[str, Leaf]) -> tuple[fx.Graph, tuple[Part, ...]]:
+    """The graph cut into parts: nodes carry ``meta["part"]`` and stand in order of parts.
+
+    Raises Refused where no stack of blocks is found or where blocks do not run one after another.
+    """
+    stack = find_stack(graph, owner)
+    module = owner.get_submodule(stack)
+    assert isinstance(module, nn.ModuleList)
+    count = len(module)
+    assign(graph, stack, count)
+    graph = regroup(graph)
+    kinds: dict[str, int] = {}
+    parts = [Part("prologue", 0, -1)]
+    for i in range(count):
+        name = f"{stack}.{i}"
+        text = block_text(graph, i + 1, name, leaves)
+        parts.append(Part(name, i + 1, kinds.setdefault(text, len(kinds))))
+    parts.append(Part("epilogue", count + 1, -1))
+    return graph, tuple(parts)
+
+
+def skips(graph: fx.Graph, parts: tuple[Part, ...]) -> list[str]:
+    """Values that a block reads from an earlier block than the one before it, in words."""
+    names = {part.index: part.name for part in parts}
+    found = []
+    for node in graph.nodes:
+        for source in node.all_input_nodes:
+            origin, here = source.meta["part"], node.meta["part"]
+            if 0 < origin < here - 1:
+                found.append(f"{names[here]} reads a value of {names[origin]}")
+    return sorted(set(found))

@@ -1,0 +1,204 @@
+"""Capture: a model becomes a Program, on the meta device, without a weight being read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .blocks import skips, split
+from .canon import canonical
+from .capture_attention import NAME, Uncarried, register
+from .capture_model import Subject, constants, subject, ties, weight_dtype
+from .errors import Refused
+from .export_module import export_graph
+from .fold import fold
+from .program import Program, WeightSource
+from .source import InMemory, ShapesOnly
+from .weights import Checkpoint
+
+EXAMPLE = (2, 7)
+"""Batch and length of the example on which a model is traced; both stay open."""
+
+
+def _same_sizes(input_ids: Tensor, attention_mask: Tensor) -> None:
+    """Tell the tracer that both inputs have one batch size and one length."""
+    torch._check(input_ids.shape[0] == attention_mask.shape[0])
+    torch._check(input_ids.shape[1] == attention_mask.shape[1])
+
+
+class Logits(nn.Module):
+    """A language model as a function of (input_ids, attention_mask) to logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [b, s, vocabulary] of token ids [b, s] and a mask [b, s] that is 0 on padding."""
+        _same_sizes(input_ids, attention_mask)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+class Result(nn.Module):
+    """A module in memory as a function of its inputs to its first result."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The first result of the module on its inputs by name."""
+        _same_sizes(input_ids, attention_mask)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        result = self.model(**{name: given[name] for name in self.names})
+        result = getattr(result, "logits", result)
+        return result[0] if isinstance(result, list | tuple) else result
+
+
+def capture(
+    model: str | Path | nn.Module | PretrainedConfig,
+    *,
+    config: Any = None,
+    example: Mapping[str, Tensor] | None = None,
+    trust_remote_code: bool = False,
+    certify: bool = True,
+    source: WeightSource | None = None,
+) -> Program:
+    """Capture a model as one canonical graph on meta, folded to its modules and cut into blocks.
+
+    Args:
+        model: A checkpoint directory, a hub id, a transformers config, or a module in memory.
+        config: Used in place of the checkpoint's own config.
+        example: Inputs of a module that is no transformers model: ``input_ids`` and, where it takes one,
+            ``attention_mask``, both [batch, length] int64 with batch and length above 1.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        certify: Whether to compare the capture with the model itself on a narrow twin (seconds).
+        source: Where weights come from; by default the checkpoint, or the module's own.
+
+    Raises:
+        Refused: What was given cannot be captured, and why.
+        NotEquivalent: The capture does not compute what the model computes.
+    """
+    register()
+    what = subject(model, config=config, trust_remote_code=trust_remote_code)
+    program = capture_subject(what, example=example, source=source)
+    if certify:
+        from .certify import certified
+
+        program = certified(program, what, example)
+    return program
+
+
+def capture_subject(
+    what: Subject, *, example: Mapping[str, Tensor] | None = None, source: WeightSource | None = None
+) -> Program:
+    """Capture without comparing: see ``capture``."""
+    owner, exported, notes = _export(what, example)
+    graph, made = canonical(exported, "model.", owner)
+    lost = sorted(name for name, tensor in made.items() if tensor.device.type == "meta")
+    if lost:
+        raise Refused(
+            f"the model makes {len(lost)} tensors from numbers while it runs, and tracing on meta loses their values."
+        )
+    leaves, unfolded = fold(graph, owner)
+    graph, parts = split(graph, owner, leaves)
+    graph.lint()
+    names = ties(owner)
+    if source is None:
+        source, names = _source(what, owner, names)
+    return Program(
+        graph=graph,
+        root=owner,
+        leaves=leaves,
+        parts=parts,
+        source=source,
+        dtype=what.dtype,
+        ties=names,
+        constants=constants(owner, what.module) | made,
+        config=what.config,
+        path=None if what.path is None else str(what.path),
+        notes=(*notes, *unfolded, *skips(graph, parts)),
+    )
+
+
+def _source(what: Subject, owner: nn.Module, names: dict[str, str]) -> tuple[WeightSource, dict[str, str]]:
+    """Where the weights are, and which names share them."""
+    if what.module is not None:
+        return InMemory(what.module.state_dict(keep_vars=True)), names
+    if what.path is None or not _has_weights(what.path):
+        return ShapesOnly(owner), names
+    checkpoint = Checkpoint(what.path, owner)
+    return checkpoint, dict(checkpoint.ties)
+
+
+def _has_weights(path: Path) -> bool:
+    return any(path.glob("*.safetensors*")) or any(path.glob("*.bin*"))
+
+
+def _export(
+    what: Subject, example: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, fx.GraphModule, list[str]]:
+    """Export with the attention op, or else with the fused attention, or else with the written-out one."""
+    hosted = what.module is None or isinstance(what.module, PreTrainedModel)
+    failures: list[tuple[str, Exception]] = []
+    for implementation in (NAME, "sdpa", "eager") if hosted else (None,):
+        try:
+            owner = what.on_meta(implementation)
+            exported = _trace(owner, example)
+        except Refused:
+            raise
+        except Exception as error:  # whatever the model's own code, transformers or the exporter raises
+            failures.append((implementation or "as it is", error))
+            continue
+        notes = [f"attention was not captured as {tried}: {reason(error)}" for tried, error in failures]
+        if implementation == NAME and not exported.graph.find_nodes(
+            op="call_function", target=torch.ops.qc.attention.default
+        ):
+            notes.append("the model does not use the attention interface: its attention is inline")
+        return owner, exported, notes
+    tried = "\n".join(f"  with attention {name}: {reason(error)}" for name, error in failures)
+    raise Refused(
+        f"the model cannot be traced:\n{tried}\n"
+        "A model whose Python code depends on the values of tensors has no graph; qc cannot compile it."
+    ) from failures[-1][1]
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    name = "" if isinstance(error, Uncarried) else f"{type(error).__name__}: "
+    return f"{name}{text[:200]}"
+
+
+def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphModule:
+    ids = torch.zeros(EXAMPLE, dtype=torch.int64, device="meta")
+    if example is not None:
+        unknown = set(example) - {"input_ids", "attention_mask"}
+        if unknown or "input_ids" not in example:
+            raise Refused("example inputs are input_ids and, where the module takes one, attention_mask")
+        wrapper: nn.Module = Result(owner, tuple(example))
+    elif isinstance(owner, PreTrainedModel):
+        wrapper = Logits(owner)
+    else:
+        raise Refused("a module that is no transformers model needs example inputs: example={'input_ids': ...}")
+    axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = export_graph(wrapper.eval(), (ids, torch.ones_like(ids)), (axes, axes))
+    _check_open(exported)
+    return exported
+
+
+def _check_open(exported: fx.GraphModule) -> None:
+    """Refuse a graph that holds for one batch size or one length only."""
+    ids = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
+    for axis, size in zip(("batch size", "length"), ids.meta["val"].shape, strict=True):
+        if isinstance(size, int):
+            raise Refused(f"the model's code is specialised to one {axis} ({size}) when it is traced.")
+
+
+__all__ = ["capture", "capture_subject", "weight_dtype"]

@@ -1,0 +1,229 @@
+"""Build the model to be captured on the meta device, from a checkpoint, a config or a module in memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .errors import Refused
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be captured: a config to build from, or a module that is there already."""
+
+    config: Any
+    module: nn.Module | None
+    path: Path | None
+    dtype: torch.dtype
+    """The dtype of capture: that of the weights, or bfloat16 where they are float32, so that a cast that the
+    model makes to float32 can be told from one that it makes to its own dtype."""
+    trust_remote_code: bool = False
+
+    def on_meta(self, attention: str | None) -> nn.Module:
+        """The model on meta in evaluation mode, with the attention implementation asked for."""
+        if self.module is not None:
+            model = _copy_on_meta(self.module, self.dtype)
+            if isinstance(model, PreTrainedModel) and attention is not None:
+                model.set_attn_implementation(attention)
+                if model.config._attn_implementation != attention:
+                    raise ValueError(f"the model keeps its own attention instead of {attention}")
+        else:
+            config = copy.deepcopy(self.config)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=self.dtype,
+                    attn_implementation=attention,
+                    trust_remote_code=self.trust_remote_code,
+                )
+        return model.eval()
+
+
+def _copy_on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a module whose parameters and buffers are on meta; no weight is copied. Ties stay ties."""
+    main = weight_dtype(module)
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        kept = dtype if parameter.dtype == main else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty(parameter.shape, dtype=kept, device="meta"),
+            requires_grad=parameter.requires_grad,
+        )
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+def weight_dtype(module: nn.Module) -> torch.dtype:
+    """The floating dtype in which most parameters are stored; bfloat16 where there are none."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in module.parameters():
+        if parameter.dtype.is_floating_point:
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.bfloat16
+
+
+def subject(model: str | Path | nn.Module | PretrainedConfig, *, config: Any, trust_remote_code: bool) -> Subject:
+    """Find out what is to be captured. Reads config.json at most; downloads a hub id's snapshot.
+
+    Raises:
+        Refused: No config, one that cannot be read, remote code that is not trusted, an encoder-decoder, a
+            quantized checkpoint.
+    """
+    if isinstance(model, nn.Module):
+        main = weight_dtype(model)
+        given = config if config is not None else getattr(model, "config", None)
+        _check_config(given, type(model).__name__)
+        return Subject(given, model, None, main if main in HALF else torch.bfloat16)
+    if isinstance(model, PretrainedConfig):
+        _check_config(model, type(model).__name__)
+        return Subject(model, None, None, _capture_dtype(model), trust_remote_code)
+    path = _directory(str(model))
+    if config is None:
+        config = _read_config(path, trust_remote_code)
+    _check_config(config, str(path))
+    _check_causal(config, str(path), trust_remote_code)
+    return Subject(config, None, path, _capture_dtype(config), trust_remote_code)
+
+
+def _capture_dtype(config: Any) -> torch.dtype:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if dtype in HALF else torch.bfloat16
+
+
+def _directory(model: str) -> Path:
+    """The checkpoint directory: the one named, or the snapshot of a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Refused(f"{model}: no config.json in this directory.\nA checkpoint as transformers saves it is needed.")
+        return path
+    if path.exists():
+        raise Refused(f"{model} is a file.\nGive the checkpoint directory that holds config.json.")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise Refused(f"{model}: no such directory.\nGive a checkpoint directory, or a hub id such as org/name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises whatever its transport raises
+        reason = str(error).strip().split("\n")[0]
+        raise Refused(
+            f"{model}: not a directory here, and the hub did not give it ({type(error).__name__}: {reason}).\n"
+            "Check the name and the network, or give a local checkpoint directory."
+        ) from error
+
+
+def _read_config(path: Path, trust_remote_code: bool) -> Any:
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Refused(f"{file} is not valid JSON: {error}.\nDownload the checkpoint again.") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise Refused(f"{file} has no model_type, so transformers cannot tell what model it is.")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise Refused(
+            f"{path} is quantized already (quant_method {method}).\nGive the float checkpoint from which it was made."
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises ValueError, KeyError, ImportError, StrictDataclassError...
+        if raw.get("auto_map") and not trust_remote_code:
+            raise Refused(
+                f"{path} needs Python code that comes with the checkpoint (model_type {raw['model_type']}).\n"
+                "It runs only when you say --trust-remote-code; read that code first."
+            ) from error
+        reason = str(error).strip().split("\n")[0]
+        raise Refused(f"{file} cannot be read by transformers: {reason}") from error
+
+
+def _check_config(config: Any, where: str) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise Refused(f"{where} is an encoder-decoder; qc compiles decoder-only language models.")
+    if getattr(config, "quantization_config", None):
+        raise Refused(f"{where} is quantized already.\nGive the float model from which it was made.")
+
+
+def _check_causal(config: Any, where: str, trust_remote_code: bool) -> None:
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if known or (remote and trust_remote_code):
+        return
+    if remote:
+        raise Refused(
+            f"{where} needs Python code that comes with the checkpoint.\n"
+            "It runs only when you say --trust-remote-code; read that code first."
+        )
+    raise Refused(f"{where}: model_type {config.model_type} has no causal language model in transformers.")
+
+
+def constants(model: nn.Module, original: nn.Module | None) -> dict[str, Tensor]:
+    """Non-persistent buffers on CPU by qualified name; no checkpoint has them.
+
+    They come from the module in memory, or are made by the model's own ``_init_weights``, run twice over
+    different garbage: what still differs was not made.
+
+    Raises:
+        Refused: A buffer that the model does not make itself.
+    """
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        local = sorted(module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None})
+        if not local:
+            continue
+        if original is not None:
+            source = original.get_submodule(name)
+            found |= {_join(name, n): source.get_buffer(n).detach().cpu().clone() for n in local}
+            continue
+        first, second = (_initialised(model, module, local, fill) for fill in (0, 1))
+        for n in local:
+            if not torch.equal(first[n], second[n]):
+                raise Refused(
+                    f"the buffer {_join(name, n)} is in no checkpoint and the model's _init_weights does not make it.\n"
+                    "Load the model with transformers and hand the module to qc.compile instead of its path."
+                )
+            found[_join(name, n)] = first[n]
+    return found
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _initialised(model: nn.Module, module: nn.Module, names: list[str], fill: int) -> dict[str, Tensor]:
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    for n in names:
+        memo[id(module._buffers[n])] = torch.full_like(module.get_buffer(n), fill, device="cpu")
+    memo |= {id(child): child for child in module.children()}
+    module = copy.deepcopy(module, memo)
+    if isinstance(model, PreTrainedModel):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            model._init_weights(module)
+    return {n: module.get_buffer(n) for n in names}
+
+
+def ties(model: nn.Module) -> dict[str, str]:
+    """Parameters that share storage with an earlier one, by the name of that one."""
+    owner: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = owner.setdefault(id(parameter), name)
+        if first != name:
+            found[name] = first
+    return found

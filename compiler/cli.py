@@ -1,0 +1,183 @@
+"""The command line: ``qc compile``, ``plan``, ``show``, ``why``, ``eval``, ``generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import Failed, Refused
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 done, 1 failed while working, 2 refused."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except Refused as error:
+        print(f"qc: {error}", file=sys.stderr)
+        return 2
+    except Failed as error:
+        print(f"qc: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(prog="qc", description="A quantization compiler for large language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, help_text in (("compile", run_compile, "compile a model into a quantized checkpoint"),
+                                 ("plan", run_plan, "say what a compile would do, before any weight is read")):  # fmt: skip
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        plan_options(command)
+        command.set_defaults(run=run)
+        if name == "compile":
+            command.add_argument("--out", required=True, help="directory to make")
+            command.add_argument("--force", action="store_true", help="replace OUT when it exists")
+        else:
+            command.add_argument("--json", action="store_true", help="for machines")
+    show = commands.add_parser("show", help="print the canonical text of a model")
+    show.add_argument("model", metavar="MODEL")
+    show.add_argument("--passes", help="print it as these passes rewrite it")
+    show.add_argument("--layer", type=int, help="one block only")
+    show.add_argument("--scheme", default="auto")
+    show.add_argument("--target", default="vllm-ascend")
+    show.add_argument("--trust-remote-code", action="store_true")
+    show.set_defaults(run=run_show)
+    why = commands.add_parser("why", help="say why a pattern does not match somewhere")
+    why.add_argument("model", metavar="MODEL")
+    why.add_argument("pattern", metavar="PATTERN")
+    why.add_argument("--at", help="module below which to look, e.g. model.layers.3.mlp")
+    why.add_argument("--trust-remote-code", action="store_true")
+    why.set_defaults(run=run_why)
+    evaluate = commands.add_parser("eval", help="compare an exported checkpoint with its float reference on a text")
+    evaluate.add_argument("out", metavar="OUT")
+    evaluate.add_argument("--reference", required=True, help="the float checkpoint")
+    evaluate.add_argument("--text", required=True, help="text file")
+    evaluate.add_argument("--windows", type=int, default=40)
+    evaluate.add_argument("--length", type=int, default=512)
+    evaluate.add_argument("--json", action="store_true", help="for machines")
+    evaluate.set_defaults(run=run_eval)
+    generate = commands.add_parser("generate", help="let an exported checkpoint answer")
+    generate.add_argument("out", metavar="OUT")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.set_defaults(run=run_generate)
+    return parser
+
+
+def plan_options(command: argparse.ArgumentParser) -> None:
+    """The options that ``compile`` and ``plan`` share."""
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    command.add_argument("--passes", required=True, help="e.g. \"iter_smooth{alpha=0.7},quarot,autoround\" (quote it)")
+    command.add_argument("--scheme", default="auto", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    command.add_argument("--target", default="vllm-ascend", help="who loads the result (default vllm-ascend)")
+    command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
+    command.add_argument("--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text")
+    command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    command.add_argument("expanded", nargs="*", help=argparse.SUPPRESS)
+
+
+def options_of(args: argparse.Namespace) -> Any:
+    """The engine's options from parsed arguments."""
+    from .compile import Options
+
+    if args.expanded:
+        if any("=" in word for word in args.expanded):
+            raise Refused(
+                f"unexpected words {' '.join(args.expanded)}: the shell has expanded the braces of --passes. "
+                'Quote the list: --passes "iter_smooth{alpha=0.7, scale_min=1e-4},quarot"'
+            )
+        raise Refused(f"unexpected words: {' '.join(args.expanded)}")
+    return Options(
+        scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
+        samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
+    )  # fmt: skip
+
+
+def run_compile(args: argparse.Namespace) -> None:
+    """``qc compile``."""
+    from .compile import compile
+    from .progress import shown
+
+    options = options_of(args)
+    with shown() as report:
+        result = compile(args.model, args.passes, args.out, options, report)
+    journal = result.journal
+    print(f"{journal.proofs} rewrites proved, largest error {journal.worst:.1g} (relative, float64)")
+    print(f"wrote {result.path}")
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    """``qc plan``."""
+    from .compile import plan
+    from .plan_text import plan_json, plan_text
+
+    planned = plan(args.model, args.passes, options_of(args))
+    print(json.dumps(plan_json(planned), indent=2) if args.json else plan_text(planned), end="\n" if args.json else "")
+    return 2 if planned.problems else 0
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """``qc show``."""
+    from .capture import capture
+    from .plan import make_plan
+    from .show.text import text
+
+    program = capture(args.model, trust_remote_code=args.trust_remote_code)
+    if args.passes:
+        program = make_plan(program, args.passes, scheme=args.scheme, target=args.target).require().final
+    print(text(program, layer=args.layer))
+
+
+def run_why(args: argparse.Namespace) -> None:
+    """``qc why``."""
+    from . import registry
+    from .capture import capture
+
+    pattern = registry.get("patterns", args.pattern)
+    program = capture(args.model, trust_remote_code=args.trust_remote_code)
+    below = [match for match in pattern.find(program) if args.at is None or args.at in str(match)]
+    for match in below:
+        print(f"matches: {match}")
+    miss = pattern.nearest(program, args.at)
+    if miss is not None:
+        print(f"nearest miss at {miss.at}: {miss.reason}")
+    elif not below:
+        print("nothing there was tried: is the module name right?")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """``qc eval``."""
+    import dataclasses
+
+    from .evaluate import evaluate, format
+
+    found = evaluate(args.out, args.reference, args.text, windows=args.windows, length=args.length)
+    if args.json:
+        more = {"perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity, "ratio": found.ratio}
+        print(json.dumps({**dataclasses.asdict(found), **more}))
+    else:
+        print(format(found))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """``qc generate``."""
+    from .generate import generate
+
+    print(generate(args.out, args.prompt, max_new_tokens=args.max_new_tokens))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

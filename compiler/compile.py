@@ -1,0 +1,210 @@
+"""Compile: from a checkpoint to a quantized checkpoint, the whole way."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calibration import Calibration, calibration
+from .capture import capture
+from .contract import Pass
+from .errors import Refused
+from .export import RUN, Output, check_written, copy_side_files, exported_config, write_json, write_manifest
+from .journal import Journal
+from .load import load_tokenizer
+from .plan import Plan, make_plan
+from .plan_text import plan_text
+from .program import Program
+from .safetensors_io import ShardWriter
+from .scheme import Scheme
+from .solve import Progress, Solver
+from .weights import Checkpoint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compile is told besides model, passes and output; the names are those of the command line."""
+
+    scheme: str | Scheme = "auto"
+    target: Any = "vllm-ascend"
+    tp: int = 1
+    calib: Sequence[str | Path] = ()
+    samples: int = 32
+    length: int = 512
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    """Dtype of calibration runs: ``auto`` is the checkpoint's own, never float16 on a CPU."""
+    trust_remote_code: bool = False
+    force: bool = False
+    tokenizer: Any = field(default=None, compare=False)
+    """Used instead of the checkpoint's own, for models in memory."""
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise Refused(f"--tp {self.tp}: at least 1")
+        if self.samples < 1 or self.length < 2:
+            raise Refused(f"--samples {self.samples} --length {self.length}: at least 1 sample of 2 tokens")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise Refused(f"--dtype {self.dtype}: it is auto, {' or '.join(DTYPES)}")
+        if self.device != "cpu":
+            raise Refused(f"--device {self.device}: blocks are solved on the cpu; leave it out")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a compile made."""
+
+    path: Path
+    plan: Plan
+    journal: Journal
+
+
+Model = str | Path | nn.Module
+
+
+def plan(model: Model | Program, passes: str | Iterable[str | Pass], options: Options | None = None) -> Plan:
+    """Everything that can be said before a weight is read. Its problems are listed, not raised."""
+    options = options or Options()
+    program = model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
+    return make_plan(
+        program, passes, scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed
+    )
+
+
+def compile(
+    model: Model | Program,
+    passes: str | Iterable[str | Pass],
+    out: str | Path,
+    options: Options | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Result:
+    """Compile a model into the directory ``out``, which is there whole or not at all.
+
+    Raises:
+        Refused: The input or the plan is not acceptable; nothing was done.
+        Failed: Something broke on the way, a failed proof above all; nothing is left at ``out``.
+    """
+    options = options or Options()
+    started = time.time()
+    output = Output(out, force=options.force, inputs=[Path(f) for f in options.calib] + _paths(model))
+    output.check()
+    planned = plan(model, passes, options).require()
+    program = planned.program
+    data = _data(planned, options)
+    layout = planned.target.layout_of(planned)
+    with output, _own_random_state():
+        with ShardWriter(output.path, layout.specs) as writer:
+            solver = Solver(
+                planned, data.tokens if data else _random_ids(program, options), _sink(planned, layout, writer),
+                compute=_compute(program, options), report=report,
+            )  # fmt: skip
+            journal = solver.run()
+        check_written(output.path, layout.specs)
+        _beside(planned, layout, data, journal, output.path, options)
+        write_json(output.path / RUN, {
+            "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak_memory(),
+            "host": platform.node(), "threads": torch.get_num_threads(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        })  # fmt: skip
+    return Result(Path(out), planned, journal)
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process so far, in bytes (VmHWM)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _paths(model: object) -> list[Path]:
+    return [Path(model)] if isinstance(model, str | Path) and Path(model).is_dir() else []
+
+
+def _compute(program: Program, options: Options) -> torch.dtype:
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    own = {program.source.dtype(name) for name in program.source.names()}
+    return torch.bfloat16 if torch.bfloat16 in own else torch.float32
+
+
+def _data(planned: Plan, options: Options) -> Calibration | None:
+    """Calibration tokens, where the plan needs them."""
+    if not planned.needs_data:
+        return None
+    tokenizer = options.tokenizer
+    if tokenizer is None:
+        if planned.program.path is None:
+            raise Refused("the model in memory has no tokenizer, and the plan needs calibration data: give tokenizer=")
+        tokenizer = load_tokenizer(planned.program.path)
+    return calibration(options.calib, tokenizer, samples=options.samples, length=options.length)
+
+
+def _random_ids(program: Program, options: Options) -> Tensor:
+    """Token ids for the proofs of a plan that needs no calibration data, [1, 64]."""
+    generator = torch.Generator().manual_seed(options.seed)
+    rows = [
+        leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"
+    ]
+    return torch.randint(0, max(rows, default=2), (1, 64), generator=generator)
+
+
+def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Tensor], None]:
+    """Where finished tensors go: under their names on disk."""
+    source = planned.program.source
+
+    def sink(name: str, tensor: Tensor) -> None:
+        module, _, leaf = name.rpartition(".")
+        if module in layout.prefixes:
+            writer.write(f"{layout.prefixes[module]}.{leaf}", tensor)
+        elif isinstance(source, Checkpoint):
+            for disk, piece in source.to_disk({name: tensor}).items():
+                writer.write(disk, piece)
+        else:
+            writer.write(name, tensor)
+
+    return sink
+
+
+def _beside(
+    planned: Plan, layout: Any, data: Calibration | None, journal: Journal, path: Path, options: Options
+) -> None:
+    """The files beside the weights: config, tokenizer, description, journal, graph, plan, manifest."""
+    program = planned.program
+    config = _config(program)
+    if config is not None:
+        tied = bool(planned.final.ties) if program.ties else None
+        write_json(path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code))
+    if program.path is not None:
+        copy_side_files(Path(program.path), path, options.trust_remote_code)
+    for name, content in planned.target.files(layout).items():
+        write_json(path / name, content, indent=4)
+    journal.save(path)
+    text = plan_text(planned, calibration=str(data.digest) if data else None)
+    (path / "qc_plan.txt").write_text(text, encoding="utf-8")
+    inputs = {Path(f).name: Path(f) for f in options.calib}
+    if isinstance(program.source, Checkpoint):
+        inputs |= {file.name: file for file in program.source.files}
+    write_manifest(path, inputs, text)
+
+
+def _config(program: Program) -> dict[str, Any] | None:
+    if isinstance(program.source, Checkpoint):
+        return dict(program.source.config)
+    return program.config.to_dict() if program.config is not None else None
+
+
+@contextmanager
+def _own_random_state() -> Any:
+    """Leave the caller's global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        yield

@@ -1,0 +1,174 @@
+"""Pass: what an algorithm declares about itself, and the two things it does (rewrite, and solve its unknowns)."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from .edit import Edit
+from .operand import Hadamard, Slot
+from .pattern import Pattern
+from .program import Program
+
+if TYPE_CHECKING:
+    from .view import BlockView
+
+
+class Claim(Enum):
+    """What a pass promises about the function of the model."""
+
+    EXACT = "equal in real arithmetic; proved in float64 at every site"
+    LOSSY = "changed; the error of every site is measured"
+
+
+EXACT, LOSSY = Claim.EXACT, Claim.LOSSY
+
+
+class Fact(Enum):
+    """What is established about a program, and may be required by later passes."""
+
+    NORMS_FUSED = "norm gains are one: they live in the linears that read them"
+    RESIDUAL_ROTATED = "the residual stream is rotated"
+    HEADS_ROTATED = "values are rotated within each head"
+    ONLINE_ROTATED = "some linears read their input through an online rotation"
+    SMOOTHED = "outliers were moved from activations into weights"
+    QUANTIZED = "linears are quantized"
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A rotation of values that cross from part to part: ``x`` becomes ``x Q`` for the values of these names."""
+
+    rotation: Hadamard
+    values: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One answer of a pass to one match: edits that are applied together and proved together."""
+
+    pass_name: str
+    pattern: str
+    where: str
+    """The site that names it in messages, e.g. the norm of a norm-linear."""
+    edits: tuple[Edit, ...]
+    claim: Claim
+    basis: Basis | None = None
+    """For a rotation of the residual stream: the map of the values between parts."""
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Its unknowns, each once, in order."""
+        return tuple(dict.fromkeys(slot for edit in self.edits for slot in edit.slots))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules it edits, each once, in order."""
+        return tuple(dict.fromkeys(edit.site.module for edit in self.edits))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a pass found: its rewrites, and what a reader of the plan should know."""
+
+    rewrites: tuple[Rewrite, ...]
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    """Why the pass can not do what it was asked, each with the place and what to change."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a pass may know besides the program: the parts of the plan that are not its own options."""
+
+    scheme: Any
+    roles: Mapping[str, frozenset[str]]
+    before: tuple[str, ...] = ()
+    """Names of the passes that come before, in order."""
+    after: tuple[str, ...] = ()
+    tp: int = 1
+    seed: int = 0
+    dtype: Any = None
+    """The dtype in which floats are exported."""
+    row_parallel: frozenset[str] = frozenset()
+    """Linears whose input a tensor-parallel server splits."""
+
+
+DECLARATIONS = ("name", "summary", "patterns", "requires", "provides", "breaks", "before", "after", "claim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(ABC):
+    """An algorithm: a frozen value whose fields are its options.
+
+    Every declaration below is required of a concrete pass; an empty set is a statement.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line: what it does and why."""
+    patterns: ClassVar[tuple[Pattern[Any], ...]]
+    requires: ClassVar[frozenset[Fact]]
+    provides: ClassVar[frozenset[Fact]]
+    breaks: ClassVar[frozenset[Fact]]
+    before: ClassVar[Mapping[Pattern[Any], Mapping[str, str]]]
+    """Per pattern: passes that must not stand earlier in the plan, and why."""
+    after: ClassVar[Mapping[Pattern[Any], Mapping[str, str]]]
+    """Per pattern: passes that must not stand later in the plan, and why."""
+    claim: ClassVar[Claim]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not getattr(cls, "__abstractmethods__", None) and ABC not in cls.__bases__:
+            missing = [name for name in DECLARATIONS if not hasattr(cls, name)]
+            if missing:
+                raise TypeError(f"pass {cls.__name__} does not declare {', '.join(missing)}")
+
+    def takes(self, setting: Setting) -> tuple[Pattern[Any], ...]:
+        """The patterns that this instance will ask for, standing where it stands."""
+        return self.patterns
+
+    @abstractmethod
+    def rewrite(self, program: Program, setting: Setting) -> Answer:
+        """Answer the program's matches with edits. Nothing is changed here and no weight is read."""
+
+    def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Slot, Any]:
+        """Fill the slots of one rewrite; called when the block's weights and statistics are there."""
+        if rewrite.slots:
+            raise TypeError(f"pass {self.name} has unknowns but no solve")
+        return {}
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether ``solve`` runs the block with gradients, on its own inputs and targets."""
+        return False
+
+    @property
+    def propagates_quantized(self) -> bool:
+        """Whether later blocks shall see the outputs of the quantized block instead of the float one."""
+        return False
+
+    def options(self) -> dict[str, Any]:
+        """Option names and values, as the plan prints them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __str__(self) -> str:
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        set_options = {k: v for k, v in self.options().items() if v != defaults.get(k)}
+        inside = ", ".join(f"{key}={spell(value)}" for key, value in set_options.items())
+        return f"{self.name}{{{inside}}}" if inside else self.name
+
+
+def spell(value: Any) -> str:
+    """An option value as the command line takes it: lists joined by ``+``, lower-case booleans."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "+".join(spell(item) for item in value)
+    return str(value)

@@ -1,0 +1,89 @@
+"""Cost of a plan: bits, bytes, sweeps and memory, from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .contract import LOSSY
+from .plan import Plan
+from .scheme import FLOAT, LinearScheme
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs. Bits count scales; an int4 is a byte on disk and half a byte on the device."""
+
+    bits_per_weight: float
+    """Average over the linears of all blocks."""
+    disk_bytes: int
+    device_bytes: int
+    sweeps: int
+    """Times the checkpoint is streamed."""
+    peak_bytes: int
+    """Estimated peak resident memory of the compile."""
+    tp_sizes: tuple[int, ...]
+    schemes: tuple[tuple[str, int], ...]
+    """Scheme and number of block linears, in order of first use."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and values as the plan prints them."""
+        return [
+            ("linears", ", ".join(f"{count} {name}" for name, count in self.schemes)),
+            ("bits per weight", f"{self.bits_per_weight:.2f} (block linears, scales counted)"),
+            ("on disk", size(self.disk_bytes)),
+            ("on the device", size(self.device_bytes)),
+            ("sweeps", str(self.sweeps)),
+            ("peak memory", f"about {size(self.peak_bytes)}"),
+        ]
+
+    def numbers(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
+            "device_bytes": self.device_bytes, "sweeps": self.sweeps, "peak_bytes": self.peak_bytes,
+            "tp_sizes": list(self.tp_sizes), "schemes": dict(self.schemes),
+        }  # fmt: skip
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def cost_of(plan: Plan) -> Cost:
+    """Add up the planned tensors."""
+    blocks = {part.index for part in plan.final.blocks}
+    bits, weights = 0.0, 0
+    packed = 0  # bytes that int4 weights save on the device
+    schemes: dict[str, int] = {}
+    for node in plan.final.graph.nodes:
+        leaf = plan.final.leaf(node)
+        if leaf is None or leaf.kind != "linear" or node.meta["part"] not in blocks:
+            continue
+        scheme: LinearScheme = node.meta.get("scheme", FLOAT)
+        out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
+        count = out * width
+        groups = width // scheme.weight.group if scheme.weight and scheme.weight.group else 1
+        bits += count * scheme.weight.bits + 32 * out * groups if scheme.weight else 16 * count
+        packed += count // 2 if scheme.weight and scheme.weight.bits == 4 else 0
+        weights += count
+        name = str(scheme) if scheme.quantized else "float"
+        schemes[name] = schemes.get(name, 0) + 1
+    try:
+        disk = plan.target.layout_of(plan).nbytes
+    except Exception:
+        if not plan.problems:
+            raise
+        disk = 0  # a plan with problems has no layout
+    return Cost(
+        bits_per_weight=bits / max(weights, 1),
+        disk_bytes=disk,
+        device_bytes=max(disk - packed, 0),
+        sweeps=1 if any(r.claim is LOSSY or r.edits for s in plan.steps for r in s.answer.rewrites) else 0,
+        peak_bytes=0,
+        tp_sizes=(),
+        schemes=tuple(schemes.items()),
+    )

@@ -1,0 +1,186 @@
+"""Edits: the only thing that changes a program. A small closed set of verbs, each with a weight side.
+
+A pass answers a match with edits; all edits of one answer read the state before it and are applied together.
+The graph side is applied when the plan is made, the weight side when the tensors of a block are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..runtime.kronecker import fold
+from .errors import Failed
+from .operand import Gain, Hadamard, Kronecker, Operand, Quantize, Slot, Vector, stored_factors
+from .pattern import Site
+from .program import Leaf, Program
+
+
+class Verb(Enum):
+    """What an edit does to the weight W [out, in] and bias b [out] of a linear, or the gain g of a norm."""
+
+    SCALE_OUT = "W <- diag(s) W, b <- s b; g <- s g"
+    SCALE_IN = "W <- W diag(s)"
+    SHIFT_OUT = "norm bias <- bias - z"
+    SHIFT_IN = "b <- b + W z"
+    ROTATE_OUT = "W <- Qᵀ W, b <- Qᵀ b; an embedding's rows likewise"
+    ROTATE_IN = "W <- W Q"
+    SET_UNIT = "g <- 1"
+    WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
+    SWAP = "a quantized linear in its place"
+    UNTIE = "a tensor of its own instead of a shared one"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One verb at one site with one operand."""
+
+    verb: Verb
+    site: Site
+    operand: Operand = None
+
+    def __str__(self) -> str:
+        shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker)) else ""
+        if isinstance(self.operand, Quantize):
+            shown = f" {self.operand.scheme}"
+        return f"{self.verb.name.lower()} {self.site}{shown}"
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The unknowns in it."""
+        return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize)) else ()
+
+
+Get = Callable[[str], Tensor | None]
+"""Looks up a qualified tensor name in the state before the edits; None where there is no such tensor."""
+
+
+def by_module(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
+    """Edits by module, in order: the modules whose tensors change."""
+    found: dict[str, list[Edit]] = {}
+    for edit in edits:
+        found.setdefault(edit.site.module, []).append(edit)
+    return found
+
+
+def apply(
+    program: Program, module: str, edits: Iterable[Edit], values: Mapping[Slot, Tensor], get: Get, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors of ``module`` after ``edits``, by local name, computed in ``dtype``.
+
+    ``get`` gives the state before. Nothing is changed in place. SWAP and UNTIE do not change numbers.
+    """
+    leaf = program.leaves[module]
+    tensors = {name: tensor.to(dtype) for name in leaf.parameters if (tensor := get(f"{module}.{name}")) is not None}
+    bias = get(f"{module}.bias")
+    if bias is not None:
+        tensors["bias"] = bias.to(dtype)
+    if leaf.transposed and "weight" in tensors:
+        tensors["weight"] = tensors["weight"].T
+    for edit in edits:
+        VERBS[edit.verb](leaf, tensors, edit, values, get, dtype)
+    if leaf.transposed and "weight" in tensors:
+        tensors["weight"] = tensors["weight"].T
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+Tensors = dict[str, Tensor]
+Values = Mapping[Slot, Tensor]
+
+
+def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+    operand = edit.operand
+    if isinstance(operand, Vector):
+        return operand.value(values, dtype)
+    if isinstance(operand, Gain):
+        weight = get(f"{operand.norm}.weight")
+        if weight is None:
+            raise Failed(f"{edit}: the norm {operand.norm} has no weight")
+        return weight.to(dtype) + operand.offset
+    raise Failed(f"{edit}: {operand!r} is not a vector")
+
+
+def _scale_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    scale = _vector(leaf, edit, values, get, dtype)
+    if leaf.norm is not None:
+        tensors["weight"] = (tensors["weight"] + leaf.norm.offset) * scale - leaf.norm.offset
+    else:
+        rows = _index(edit.site)
+        tensors["weight"] = _put(tensors["weight"], rows, lambda w: w * scale[:, None])
+    if "bias" in tensors:
+        tensors["bias"] = _put(tensors["bias"], _index(edit.site), lambda b: b * scale)
+
+
+def _scale_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    scale = _vector(leaf, edit, values, get, dtype)
+    tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: w * scale[:, None]).T
+
+
+def _shift_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    shift = _vector(leaf, edit, values, get, dtype)
+    tensors["bias"] = tensors.get("bias", torch.zeros_like(shift)) - shift
+
+
+def _shift_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    shift = _vector(leaf, edit, values, get, dtype)
+    weight = tensors["weight"]
+    tensors["bias"] = tensors.get("bias", weight.new_zeros(weight.shape[0])) + weight @ shift
+
+
+def _rotate_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    assert isinstance(edit.operand, Hadamard)
+    rotation, rows = edit.operand, _index(edit.site)
+    if leaf.kind == "embedding":  # rows of the table are values: E <- E Q
+        tensors["weight"] = rotation.times(tensors["weight"])
+        return
+    tensors["weight"] = _put(tensors["weight"], rows, lambda w: rotation.times(w.T).T)
+    if "bias" in tensors:
+        tensors["bias"] = _put(tensors["bias"], rows, rotation.times)
+
+
+def _rotate_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    assert isinstance(edit.operand, Hadamard)
+    rotation = edit.operand
+    tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: rotation.times(w.T).T).T
+
+
+def _set_unit(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    assert leaf.norm is not None
+    tensors["weight"] = torch.full_like(tensors["weight"], 1 - leaf.norm.offset)
+
+
+def _wrap(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    assert isinstance(edit.operand, Kronecker)
+    left, right = stored_factors(edit.operand)
+    weight = tensors["weight"]
+    pieces = weight.reshape(-1, left.shape[0] * right.shape[0])
+    tensors["weight"] = fold(pieces, left, right).to(dtype).reshape(weight.shape)
+    tensors["left_trans"], tensors["right_trans"] = left.to(dtype), right.to(dtype)
+
+
+def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    return
+
+
+VERBS = {
+    Verb.SCALE_OUT: _scale_out, Verb.SCALE_IN: _scale_in, Verb.SHIFT_OUT: _shift_out, Verb.SHIFT_IN: _shift_in,
+    Verb.ROTATE_OUT: _rotate_out, Verb.ROTATE_IN: _rotate_in, Verb.SET_UNIT: _set_unit, Verb.WRAP: _wrap,
+    Verb.SWAP: _nothing, Verb.UNTIE: _nothing,
+}  # fmt: skip
+
+
+def _index(site: Site) -> Tensor | None:
+    return None if site.channels is None else torch.tensor(site.channels)
+
+
+def _put(tensor: Tensor, rows: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``function`` on the rows ``rows`` of a tensor (all of them for None), the others as they were."""
+    if rows is None:
+        return function(tensor)
+    result = tensor.clone()
+    result[rows] = function(tensor[rows])
+    return result

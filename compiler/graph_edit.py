@@ -1,0 +1,89 @@
+"""The graph side of edits: what a plan can show before any weight is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ..runtime.kronecker import rotate
+from .contract import Rewrite
+from .edit import Verb
+from .operand import Kronecker, Quantize, stored_factors
+from .program import Program
+
+
+def rewritten(program: Program, rewrites: tuple[Rewrite, ...]) -> Program:
+    """A fork of the program with the graph side of all edits applied, and broken ties removed."""
+    fork = program.fork()
+    nodes: dict[str, list[fx.Node]] = {}
+    for node in fork.graph.nodes:
+        if node.op == "call_module":
+            nodes.setdefault(str(node.target), []).append(node)
+    touched: set[str] = set()
+    for rewrite in rewrites:
+        for edit in rewrite.edits:
+            for node in nodes[edit.site.module]:
+                _on_node(fork, node, edit.verb, edit.operand, rewrite)
+            touched.add(edit.site.module)
+    ties = {name: owner for name, owner in fork.ties.items() if not {_module(name), _module(owner)} & touched}
+    return replace(fork, ties=ties)
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewrite: Rewrite) -> None:
+    leaf = program.leaf(node)
+    assert leaf is not None
+    if verb is Verb.SET_UNIT:
+        node.meta["unit"] = True
+    elif verb is Verb.SCALE_OUT and leaf.norm is not None:
+        node.meta["unit"] = False
+    elif verb is Verb.SHIFT_OUT and not node.meta.get("shifted"):
+        _insert_bias(program, node)
+    elif verb is Verb.SHIFT_IN and "bias" not in leaf.parameters:
+        node.meta["bias_from"] = rewrite.pass_name
+    elif verb is Verb.WRAP:
+        assert isinstance(operand, Kronecker)
+        _insert_rotation(program, node, operand)
+    elif verb is Verb.SWAP:
+        assert isinstance(operand, Quantize)
+        node.meta["scheme"] = operand.scheme
+        node.meta["note"] = str(operand.scheme)
+
+
+def _insert_bias(program: Program, node: fx.Node) -> None:
+    """``y = norm(x) + bias`` with a bias of its own, where the norm has none."""
+    leaf = program.leaf(node)
+    assert leaf is not None and leaf.norm is not None
+    node.meta["shifted"] = True
+    if leaf.norm.bias:
+        return
+    with program.graph.inserting_after(node):
+        bias = program.graph.create_node("get_attr", f"{node.target}.bias")
+    with program.graph.inserting_after(bias):
+        total = program.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    value = node.meta["val"]
+    bias.meta = {"part": node.meta["part"], "val": value.new_empty((leaf.norm.width,))}
+    total.meta = {"part": node.meta["part"], "val": value, "note": "norm bias"}
+
+
+def _insert_rotation(program: Program, node: fx.Node, rotation: Kronecker) -> None:
+    """``linear(x)`` becomes ``linear(rotate(x, left, right))``."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    left_value, right_value = stored_factors(rotation)
+    with program.graph.inserting_before(node):
+        left = program.graph.create_node("get_attr", f"{node.target}.left_trans")
+        right = program.graph.create_node("get_attr", f"{node.target}.right_trans")
+        rotated = program.graph.call_function(rotate, (source, left, right))
+    node.replace_input_with(source, rotated)
+    part, value = node.meta["part"], source.meta["val"]
+    left.meta = {"part": part, "val": value.new_empty(left_value.shape)}
+    right.meta = {"part": part, "val": value.new_empty(right_value.shape)}
+    rotated.meta = {"part": part, "val": value, "note": f"online {rotation}"}
+    node.meta["rotated"] = rotation

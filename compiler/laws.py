@@ -1,0 +1,208 @@
+"""Laws: which maps of a value's channels may be moved across an op, and what must come along.
+
+One row per op. A *map* acts on channels: a positive scale per channel, a rotation of the whole channel axis,
+or one matrix per attention head. A law answers for one operand of one node: the map passes to the output
+(``Passes``, perhaps if other operands carry it too), or it does not (``Blocks``, with the reason).
+
+Sources: SmoothQuant (arXiv 2211.10438) for scales, QuaRot (arXiv 2404.00456) for rotations, SpinQuant
+(arXiv 2405.16406) for head rotations.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from .program import Program
+
+aten = torch.ops.aten
+
+
+class Map(Enum):
+    """What is to be moved."""
+
+    SCALE = "a positive scale per channel"
+    ROTATION = "a rotation of the channel axis"
+    HEAD = "a matrix per attention head"
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The map goes through; ``joins`` are the other operands that must carry the same map."""
+
+    joins: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The map does not go through."""
+
+    reason: str
+
+
+Law = Callable[[Program, fx.Node, fx.Node, Map], Passes | Blocks]
+"""``law(program, node, operand, map)``."""
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether an argument is a node with a tensor value."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    """Concrete shape of a node's value: symbolic sizes are replaced by the example's sizes."""
+    return tuple(hint(size) for size in node.meta["val"].shape)
+
+
+def hint(size: Any) -> int:
+    """The example's value of a size."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Tensor operands, also those inside lists, in order."""
+    return tuple(arg for arg in node.all_input_nodes if is_tensor(arg))
+
+
+def everything(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Casts, copies, sign changes: each channel keeps to itself and is only multiplied by one constant."""
+    return Passes()
+
+
+def layout(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Views and selections move channels about; where each went is known by running them on labels.
+
+    A rotation mixes all channels, so it passes only where the channel axis stays whole and last.
+    """
+    if what is not Map.ROTATION:
+        return Passes()
+    if not isinstance(node.meta.get("val"), torch.Tensor) or shape(node)[-1:] != shape(operand)[-1:]:
+        return Blocks("the channel axis is cut or moved")
+    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, *ROW_LAYOUT):
+        return Passes()
+    return Blocks("the channel axis may have moved")
+
+
+def add(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Sums are linear: every summand must carry the map."""
+    others = tuple(arg for arg in operands(node) if arg is not operand)
+    if not others:
+        doubled = sum(arg is operand for arg in node.args) > 1
+        return Passes() if doubled else Blocks("a constant is added, which would have to be mapped too")
+    if any(shape(other)[-1:] != shape(operand)[-1:] for other in others):
+        return Blocks("what is added is broadcast over the channels")
+    return Passes(joins=others)
+
+
+def mul(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """A product lets a scale of one factor out, and any map when the other factor is one number."""
+    if node.args.count(operand) > 1:
+        return Blocks("the value is multiplied by itself")
+    others = [arg for arg in node.args[:2] if arg is not operand]
+    if all(not is_tensor(other) for other in others):
+        return Passes()
+    if all(shape(other)[-1:] in ((), (1,)) for other in others if is_tensor(other)):
+        return Passes()  # one factor per row, the same for all channels
+    if what is Map.SCALE:
+        return Passes()
+    return Blocks("it is multiplied channel by channel, and a rotation does not commute with that")
+
+
+def div(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """As a product, in the numerator."""
+    if node.args[0] is not operand:
+        return Blocks("it is divided by")
+    return mul(program, node, operand, what)
+
+
+def relu(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """relu(s x) = s relu(x) for s > 0."""
+    return Passes() if what is Map.SCALE else Blocks("relu lets only positive scales through")
+
+
+def attention(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Attention is linear in its values, head by head; q and k it sees only through their products."""
+    if node.args.count(operand) > 1 or node.args[2] is not operand:
+        return Blocks("attention sees it only through the scores")
+    return Passes() if what is not Map.ROTATION else Blocks("attention keeps heads apart")
+
+
+ROW_LAYOUT = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.index.Tensor)
+"""Layout ops that, with the width unchanged, act on the rows."""
+
+EVERYTHING = (
+    aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default,
+    aten.contiguous.default, aten.alias.default, aten.detach.default, aten.neg.default, aten.dropout.default,
+    aten.type_as.default, aten.lift_fresh_copy.default,
+)  # fmt: skip
+LAYOUT = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
+    aten.permute.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
+    aten.split.sizes, aten.chunk.default, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.select.int, aten.flatten.using_ints, aten.unflatten.int, aten.unbind.int, aten.index.Tensor,
+    aten.t.default, aten.movedim.int, operator.getitem,
+)  # fmt: skip
+
+LAWS: Mapping[Any, Law] = {
+    **dict.fromkeys(EVERYTHING, everything),
+    **dict.fromkeys(LAYOUT, layout),
+    aten.add.Tensor: add,
+    aten.add_.Tensor: add,
+    aten.sub.Tensor: add,
+    aten.mul.Tensor: mul,
+    aten.mul.Scalar: mul,
+    aten.div.Tensor: div,
+    aten.div.Scalar: div,
+    aten.relu.default: relu,
+}
+"""The law of each op that lets anything through. An op that is not here lets nothing through."""
+
+
+def law(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Whether ``what`` on ``operand`` may be moved across ``node``. Leaves with weights are judged here too."""
+    if is_attention(node):
+        return attention(program, node, operand, what)
+    leaf = program.leaf(node)
+    if leaf is not None:
+        if leaf.kind == "norm" and what is Map.ROTATION:
+            return norm(program, node, operand)
+        return Blocks(f"{node.target} ({leaf.kind}) does not let it through")
+    known = LAWS.get(node.target)
+    if known is None:
+        return Blocks(f"no law lets {what.value} through {op_name(node)}")
+    return known(program, node, operand, what)
+
+
+def norm(program: Program, node: fx.Node, operand: fx.Node) -> Passes | Blocks:
+    """A plain RMS norm over all channels lets a rotation through once its gain is one everywhere."""
+    facts = program.leaves[str(node.target)].norm
+    assert facts is not None
+    if facts.mean_subtracting:
+        return Blocks(f"{node.target} subtracts the mean, which only rotations that keep the all-ones vector allow")
+    if facts.width != shape(operand)[-1]:
+        return Blocks(f"{node.target} normalises {facts.width} of {shape(operand)[-1]} channels")
+    if facts.bias:
+        return Blocks(f"{node.target} adds a bias")
+    if facts.weight and not node.meta.get("unit"):
+        return Blocks(f"{node.target} multiplies by its gain: fuse it into its readers first (fuse_norms)")
+    return Passes()
+
+
+def is_attention(node: Any) -> bool:
+    """Whether a node is ``qc::attention`` or torch's own scaled dot product attention."""
+    return isinstance(node, fx.Node) and op_name(node) in ("qc.attention", "aten.scaled_dot_product_attention")
+
+
+def op_name(node: fx.Node) -> str:
+    """``aten.mul`` for an op, the qualified name for a module."""
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    if packet is not None:
+        return str(packet)
+    return str(getattr(target, "__name__", target))

@@ -1,0 +1,232 @@
+"""Load: a directory of safetensors becomes a model that runs, integer linears included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from ..runtime.formats import FORMATS
+from ..runtime.linear import IntegerLinear
+from ..runtime.norm import RMSNormBias
+from .capture_model import constants, subject
+from .errors import Refused
+from .safetensors_io import Entry
+from .shards import find_shards, read_json
+from .weights import Checkpoint
+
+DESCRIPTION = "quant_model_description.json"
+FLOAT = "FLOAT"
+_PROBE = 1e-2
+"""Input at which a norm shows its eps: its square is near what eps usually is."""
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal language model in a directory, in evaluation mode on CPU, read from its files alone.
+
+    A directory with ``quant_model_description.json`` (what ``qc compile`` writes) gets integer linears that
+    compute what the served ones compute; one without is an ordinary float checkpoint.
+
+    Args:
+        path: A checkpoint directory.
+        dtype: In which floats run; default, the one that config.json says. Integers and scales stay as they
+            are stored, so do not call ``model.to(dtype)`` afterwards.
+
+    Raises:
+        Refused: No such directory; a tensor that is missing, unknown, of another shape or dtype; a type that
+            is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own.
+    """
+    path = Path(path)
+    given = subject(path, config=None, trust_remote_code=False)
+    stored = _dtype(given.config)
+    model = replace(given, dtype=dtype or stored).on_meta(None)
+    if not isinstance(model, PreTrainedModel):
+        raise Refused(f"{path}: {type(model).__name__} is no transformers model")
+    buffers = constants(model, None)
+    quantized = (path / DESCRIPTION).is_file()
+    if quantized:
+        _install(model, path, stored, dtype or stored)
+    source = Checkpoint(path, model)
+    if quantized and source.unused:
+        raise Refused(
+            f"{path}: {len(source.unused)} tensors belong to no part of the model that config.json describes,"
+            f" among them {', '.join(source.unused[:3])}"
+        )
+    model.load_state_dict(_in_dtype(model, source.load(source.names()), path), assign=True, strict=True)
+    for name, buffer in buffers.items():
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module)._buffers[leaf] = buffer
+    model.tie_weights()
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a directory, as transformers makes it; Refused where it can read none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise Refused(
+            f"{path}: no tokenizer that can be read ({reason}); copy the tokenizer files of the model there"
+        ) from error
+
+
+def _dtype(config: Any) -> torch.dtype:
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found or torch.float32
+
+
+def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Tensors in the dtypes that the model has: floats of float modules are cast, the rest must agree."""
+    exact = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(module, IntegerLinear)
+        for leaf in module.tensors(bias=module.bias is not None)
+    }
+    result: dict[str, Tensor] = {}
+    for name, wanted in model.state_dict().items():
+        tensor = tensors[name]
+        if tensor.dtype != wanted.dtype and name in exact:
+            raise Refused(f"{path}: {name} is stored as {tensor.dtype}; its type needs {wanted.dtype}")
+        result[name] = tensor.to(wanted.dtype)
+    return result
+
+
+def _install(model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
+    """Put the modules on meta that the description and the tensors on disk call for."""
+    description = read_json(path / DESCRIPTION)
+    entries = find_shards(path).entries
+    name_of = _renaming(model)
+    types = {
+        key.removesuffix(".weight"): kind for key, kind in description.items() if key.endswith(".weight")
+    }
+    for disk in entries:
+        if disk.endswith(".weight") and disk.removesuffix(".weight") not in types:
+            raise Refused(f"{path / DESCRIPTION}: no entry for {disk}, so its type is not known")
+    for prefix, kind in types.items():
+        if kind == FLOAT:
+            continue
+        where = f"{path}: {prefix}"
+        if kind not in FORMATS:
+            raise Refused(f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}")
+        if f"{prefix}.weight" not in entries:
+            raise Refused(f"{where} is {kind} by the description, but its weight is in no file")
+        name = name_of(f"{prefix}.weight").removesuffix(".weight")
+        _replace(model, name, _linear(model, name, kind, prefix, entries, stored, where))
+    expected = model.state_dict()
+    for disk in entries:
+        name = name_of(disk)
+        if disk.endswith(".bias") and name not in expected:
+            _give_bias(model, name.removesuffix(".bias"), dtype, f"{path}: {disk}")
+
+
+def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Names on disk to names in the model, as transformers renames them."""
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    expected = model.state_dict()
+
+    def name_of(disk: str) -> str:
+        module, _, leaf = disk.rpartition(".")
+        name, _ = rename_source_key(
+            f"{module}.weight", renamings, [], model.base_model_prefix or None, expected
+        )
+        return name.removesuffix("weight") + leaf
+
+    return name_of
+
+
+def _linear(
+    model: nn.Module,
+    name: str,
+    kind: str,
+    prefix: str,
+    entries: Mapping[str, Entry],
+    stored: torch.dtype,
+    where: str,
+) -> IntegerLinear:
+    weight = entries[f"{prefix}.weight"]
+    known = dict(model.named_modules())
+    weight_there = getattr(known.get(name), "weight", None)
+    if not isinstance(weight_there, Tensor) or isinstance(known[name], nn.Embedding):
+        near = get_close_matches(name, known, 1, 0.6)
+        hint = f"; the nearest module is {near[0]}" if near else ""
+        raise Refused(f"{where} is {kind}, but the model has no linear of its own there{hint}")
+    if sorted(weight.shape) != sorted(weight_there.shape):
+        raise Refused(
+            f"{where} has an integer weight {list(weight.shape)}, the model's is {list(weight_there.shape)}"
+        )
+    out_features, in_features = weight.shape
+    options: dict[str, Any] = {}
+    format = FORMATS[kind]
+    if format.rotated:
+        factors = [entries.get(f"{prefix}.{leaf}") for leaf in ("left_trans", "right_trans")]
+        sizes = [factor.shape[0] for factor in factors if factor is not None]
+        if len(sizes) == 2 and in_features % (sizes[0] * sizes[1]) == 0:
+            options["blocks"] = in_features // (sizes[0] * sizes[1])
+    scale = entries.get(f"{prefix}.weight_scale")
+    groups = scale.shape[-1] if scale is not None and scale.shape else 1
+    try:
+        return format(
+            in_features,
+            out_features,
+            bias=f"{prefix}.bias" in entries,
+            dtype=stored,
+            group_size=in_features // groups if groups > 1 else 0,
+            device="meta",
+            **options,
+        )
+    except ValueError as error:
+        raise Refused(f"{where}: {error}") from error
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _give_bias(model: nn.Module, name: str, dtype: torch.dtype, where: str) -> None:
+    """Give a float linear, or an RMS norm, the bias that the model's own has not."""
+    module = dict(model.named_modules()).get(name)
+    if isinstance(module, nn.Linear):
+        module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype, device="meta"))
+        return
+    weight = getattr(module, "weight", None)
+    if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
+        raise Refused(f"{where} is a bias, and the model has no place for one there")
+    eps, offset = _rms_norm(module, weight.shape[0], where)
+    _replace(model, name, RMSNormBias(weight.shape[0], eps=eps, offset=offset, dtype=dtype, device="meta"))
+
+
+def _rms_norm(module: nn.Module, width: int, where: str) -> tuple[float, float]:
+    """Eps of an RMS norm and what it adds to its weight, found by running a copy of it."""
+    norm = deepcopy(module).to_empty(device="cpu").to(torch.float32)
+
+    def run(x: Tensor, weight: float) -> Tensor:
+        norm.load_state_dict({"weight": torch.full((width,), weight)})
+        return norm(x).to(torch.float64)
+
+    with torch.no_grad():
+        constant = torch.full((1, width), _PROBE)
+        one, zero = run(constant, 1.0), run(constant, 0.0)
+        offset = float((zero / (one - zero)).mean().round())
+        gain = one.mean() / (1 + offset)
+        eps = float(f"{float(_PROBE**2 * (1 / gain**2 - 1)):.3g}")
+        x = torch.linspace(-1, 2, width).unsqueeze(0)
+        y = run(x, 0.5)
+    wanted = x / (x.square().mean() + eps).sqrt() * (0.5 + offset)
+    if not torch.allclose(y, wanted.to(torch.float64), rtol=1e-4, atol=1e-5):
+        raise Refused(f"{where} is the bias of a norm that is no RMS norm")
+    return eps, offset

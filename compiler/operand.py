@@ -1,0 +1,159 @@
+"""Operands of edits: known ones are described and materialised when needed, unknown ones are slots to be solved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..runtime.hadamard import hadamard, random_hadamard, random_orthogonal
+from .scheme import LinearScheme
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What has to be observed on calibration data: ``kind`` of the input of linear ``module``, per channel."""
+
+    kind: str
+    """``absmax`` or ``range`` (minimum and maximum stacked, [2, channels])."""
+    module: str
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An unknown: a tensor of ``shape`` that ``Pass.solve`` computes from ``needs`` when weights are there."""
+
+    name: str
+    shape: tuple[int, ...]
+    needs: tuple[Statistic, ...] = ()
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A slot as one value per channel of the site: ``1 / value`` where ``inverse``, each repeated for GQA.
+
+    With ``groups`` = (kv heads, head_dim) and ``repeat`` = query heads per kv head, entry (j, c) of the slot
+    goes to the heads j·repeat .. (j+1)·repeat - 1.
+    """
+
+    slot: Slot
+    inverse: bool = False
+    groups: tuple[int, int] | None = None
+    repeat: int = 1
+
+    def value(self, values: Mapping[Slot, Tensor], dtype: torch.dtype) -> Tensor:
+        """The vector, [channels of the site]."""
+        vector = values[self.slot].to(dtype)
+        if self.groups is not None:
+            vector = vector.view(self.groups).repeat_interleave(self.repeat, dim=0).flatten()
+        return 1 / vector if self.inverse else vector
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of a norm as it is when the edit is applied (weight plus its offset), [channels]."""
+
+    norm: str
+    offset: float
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """An orthogonal matrix Q = blockdiag(D · H / sqrt(n), ...) of ``copies`` equal blocks.
+
+    H is the Hadamard matrix of ``order`` and D random signs drawn from ``seed`` by a private generator
+    (QuaRot, arXiv 2404.00456, section 3). It is never stored: products use its Kronecker factors.
+    """
+
+    order: int
+    seed: int
+    copies: int = 1
+
+    @property
+    def width(self) -> int:
+        """Number of channels it acts on."""
+        return self.order * self.copies
+
+    def __str__(self) -> str:
+        return f"H{self.order}" + (f"x{self.copies}" if self.copies > 1 else "")
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ Q`` for x of shape [..., width]."""
+        return self._apply(x, transposed=False)
+
+    def times_transposed(self, x: Tensor) -> Tensor:
+        """``x @ Qᵀ`` for x of shape [..., width]."""
+        return self._apply(x, transposed=True)
+
+    def _apply(self, x: Tensor, *, transposed: bool) -> Tensor:
+        left, right = factors(self.order)
+        signs = signs_of(self.order, self.seed).to(x)
+        left, right = left.to(x), right.to(x)
+        y = x.reshape(*x.shape[:-1], self.copies, self.order)
+        if not transposed:
+            y = y * signs
+        y = y.reshape(*y.shape[:-1], left.shape[0], right.shape[0])
+        y = (left @ y @ right.T) if transposed else (left.T @ y @ right)
+        y = y.reshape(*x.shape[:-1], self.copies, self.order) * self.order**-0.5
+        if transposed:
+            y = y * signs
+        return y.reshape(x.shape)
+
+
+@lru_cache(maxsize=16)
+def factors(order: int) -> tuple[Tensor, Tensor]:
+    """H of ``order`` as ``left ⊗ right`` (±1, float64), ``right`` the largest power of two up to 256 that fits."""
+    power = 1
+    while order % (2 * power) == 0 and power < 256 and ((rest := order // (2 * power)) <= 2 or rest % 4 == 0):
+        power *= 2
+    return hadamard(order // power), hadamard(power)
+
+
+@lru_cache(maxsize=16)
+def signs_of(order: int, seed: int) -> Tensor:
+    """Random signs [order], a function of (order, seed) alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (order,), generator=generator).double() * 2 - 1
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """An online rotation: x[a, b] -> leftᵀ x right, on ``copies`` equal stretches of the channels.
+
+    Both factors are described, drawn in float64 and rounded to ``dtype``, the dtype in which they are stored
+    and multiplied at run time; the weight side uses the rounded factors.
+    """
+
+    left: int
+    right: int
+    seed: int
+    dtype: torch.dtype
+    copies: int = 1
+    random: bool = False
+    """Random orthogonal factors instead of Hadamard matrices."""
+
+    def __str__(self) -> str:
+        kind = "random " if self.random else ""
+        return f"{kind}{self.left}x{self.right}" + (f" x{self.copies}" if self.copies > 1 else "")
+
+
+@lru_cache(maxsize=16)
+def stored_factors(rotation: Kronecker) -> tuple[Tensor, Tensor]:
+    """The factors [left, left] and [right, right] as they are stored: rounded to ``rotation.dtype``, float64."""
+    make = random_orthogonal if rotation.random else random_hadamard
+    left, right = make(rotation.left, rotation.seed), make(rotation.right, rotation.seed + 1)
+    return left.to(rotation.dtype).double(), right.to(rotation.dtype).double()
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Replace a linear by a quantized one; ``slot`` is filled with its integers and scales."""
+
+    scheme: LinearScheme
+    slot: Slot
+
+
+Operand = Vector | Gain | Hadamard | Kronecker | Quantize | None

@@ -1,0 +1,397 @@
+"""The pattern language: a function over symbols names a shape of dataflow and returns a typed match.
+
+A pattern function runs once, on a ``Sketch`` that records one clause per call and hands out symbols. The
+clauses are then solved in order against a program, with backtracking. What does not match is a value too:
+``NoMatch`` keeps the clause that got furthest, the place and the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import fx
+
+from .flow import Flow, Obstacle, Space, Stream, channel_labels, constant_rows, copies, follow, heads_first, space, streams
+from .laws import Map, is_attention, op_name, operands, shape
+from .program import Program
+
+M = TypeVar("M")
+SCALE, ROTATION, HEAD = Map.SCALE, Map.ROTATION, Map.HEAD
+
+
+@dataclass(frozen=True)
+class Site:
+    """Channels of one module: output channels of a writer, input channels of a reader.
+
+    ``channels`` None means all of them, in their order. Otherwise entry i is the module's channel that
+    plays the role of channel i of the match.
+    """
+
+    module: str
+    channels: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.module if self.channels is None else f"{self.module}[{len(self.channels)} channels]"
+
+
+@dataclass(frozen=True)
+class NoMatch:
+    """No match here: falsy, with the reason and the place of the attempt that got furthest."""
+
+    reason: str
+    at: str
+    depth: int = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A name in a pattern; it is bound to something of the graph when the pattern matches."""
+
+    index: int
+    part: str | None = None
+
+    def __getattr__(self, part: str) -> Symbol:
+        if part.startswith("__"):
+            raise AttributeError(part)
+        return Symbol(self.index, part)
+
+
+Binding = dict[int, Any]
+Clause = Callable[[Program, Binding], Iterator[tuple[Binding, Obstacle | None]]]
+"""Yields extended bindings; a pair with an Obstacle is a failed attempt with its reason."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An attention as the reader of its values; ``rows[j * head_dim + c]`` is the writer's channel in value head j."""
+
+    node: fx.Node
+    rows: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Sketch:
+    """What a pattern function draws on. Every method adds one clause."""
+
+    def __init__(self) -> None:
+        self.clauses: list[Clause] = []
+        self._count = 0
+
+    def _symbol(self) -> Symbol:
+        self._count += 1
+        return Symbol(self._count - 1)
+
+    def linear(self, reads: Symbol | None = None, through: Map | None = None) -> Symbol:
+        """A linear; with ``reads``, one that reads this value across what lets ``through`` pass."""
+        symbol = self._symbol()
+
+        def any_linear(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            for node in program.graph.nodes:
+                leaf = program.leaf(node)
+                if leaf is not None and leaf.kind == "linear":
+                    for stream in streams(program, node):
+                        yield {**bound, symbol.index: stream}, None
+
+        def reader(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            assert reads is not None
+            start = value_of(bound[reads.index])
+            flow = follow(program, start, through or SCALE, copies_only=through is None)
+            whole = list(range(int(channel_labels(start).max()) + 1))
+            for found in flow.readers:
+                read = ReadBy(found.node, found.labels, flow)
+                partial = Obstacle(found.node, "it does not read every channel exactly once")
+                yield {**bound, symbol.index: read}, None if sorted(found.labels) == whole else partial
+            if not flow.readers:
+                yield bound, (flow.obstacles or [Obstacle(start, "no linear reads it")])[0]
+
+        self.clauses.append(any_linear if reads is None else reader)
+        return symbol
+
+    def whole_linear(self) -> Symbol:
+        """A linear with all its channels, whatever reads it."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            for node in program.graph.nodes:
+                leaf = program.leaf(node)
+                if leaf is not None and leaf.kind == "linear":
+                    yield {**bound, symbol.index: node}, None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def channels(self, writer: Symbol, attention: Symbol) -> Symbol:
+        """The channels of ``writer`` in the order in which the value heads of ``attention`` hold them."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            stream, heads = bound[writer.index], bound[attention.index]
+            yield {**bound, symbol.index: Stream(stream.writer, stream.node, heads.rows)}, None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def value(self) -> Symbol:
+        """Any value; a later clause binds it."""
+        return self._symbol()
+
+    def mul(self, factor: Symbol, other: Symbol) -> Symbol:
+        """A product that ``factor`` enters by copies and views; ``other`` is bound to the other factor."""
+        product = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            start = value_of(bound[factor.index])
+            for node, labels in copies(start):
+                for user in node.users:
+                    factors = operands(user)
+                    if op_name(user) != "aten.mul" or len(factors) != 2:
+                        continue
+                    rest = factors[0] if factors[1] is node else factors[1]
+                    if constant_rows(labels) == tuple(range(shape(start)[-1])) and shape(user) == shape(node):
+                        yield {**bound, product.index: user, other.index: rest}, None
+                    else:
+                        yield bound, Obstacle(user, "the channels enter the product in another order")
+            yield bound, Obstacle(start, "no product of two values reads it")
+
+        self.clauses.append(clause)
+        return product
+
+    def norm(self) -> Symbol:
+        """A norm with a gain."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            for node in program.graph.nodes:
+                leaf = program.leaf(node)
+                if leaf is not None and leaf.norm is not None and leaf.norm.weight:
+                    yield {**bound, symbol.index: node}, None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def attention(self, *, v: Symbol) -> Symbol:
+        """An attention whose values are ``v``, by copies and views."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            stream = bound[v.index]
+            for node, labels in copies(stream.node):
+                for user in node.users:
+                    if not is_attention(user) or user.args[2] is not node:
+                        continue
+                    _, kv_heads, _, head_dim = shape(node)
+                    size = shape(user)
+                    heads = size[1] if heads_first(user) else size[2]
+                    rows = constant_rows(labels.transpose(1, 2).flatten(2))
+                    if rows is None:
+                        yield bound, Obstacle(user, "its value heads mix positions of the sequence")
+                    else:
+                        rows = tuple(stream.rows[row] for row in rows)
+                        yield {**bound, symbol.index: Heads(user, rows, heads, kv_heads, head_dim)}, None
+            yield bound, Obstacle(stream.node, "no attention takes it as its values")
+
+        self.clauses.append(clause)
+        return symbol
+
+    def only_reader(self, written: Symbol, reader: Symbol) -> None:
+        """Nothing but ``reader`` reads ``written``, across casts, copies and views or what led to it."""
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            found = bound[reader.index]
+            if isinstance(found, ReadBy):
+                others = [r.node for r in found.flow.readers if r.node is not found.node]
+                obstacles = found.flow.obstacles + [Obstacle(n, "another linear reads it") for n in others]
+            else:
+                start = value_of(bound[written.index])
+                flow = follow(program, start, SCALE, copies_only=True, until=value_of(found))
+                obstacles = flow.obstacles + [Obstacle(r.node, "a linear reads it too") for r in flow.readers]
+            yield bound, obstacles[0] if obstacles else None
+
+        self.clauses.append(clause)
+
+    def readers(self, written: Symbol) -> Symbol:
+        """All linears that read a value, by casts, copies and views; and nothing else reads it."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            start = value_of(bound[written.index])
+            flow = follow(program, start, SCALE, copies_only=True)
+            whole = tuple(range(shape(start)[-1]))
+            moved = [Obstacle(r.node, "it reads the channels in another order") for r in flow.readers if r.labels != whole]
+            obstacles = flow.obstacles + moved
+            if not flow.readers:
+                obstacles.append(Obstacle(start, "no linear reads it"))
+            readers = tuple(reader.node for reader in flow.readers)
+            yield {**bound, symbol.index: readers}, obstacles[0] if obstacles else None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def feeding(self, read: Symbol) -> Symbol:
+        """The linears of the same part from which a value is computed, nearest first."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            yield {**bound, symbol.index: feeding(program, value_of(bound[read.index]))}, None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def embedding(self) -> Symbol:
+        """A table look-up that writes channels."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            for node in program.graph.nodes:
+                leaf = program.leaf(node)
+                if leaf is not None and leaf.kind == "embedding":
+                    yield {**bound, symbol.index: node}, None
+
+        self.clauses.append(clause)
+        return symbol
+
+    def space(self, start: Symbol, what: Map) -> Symbol:
+        """The closed set of values that must carry ``what`` when ``start`` does."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            found = space(program, value_of(bound[start.index]), what)
+            yield {**bound, symbol.index: found}, found.obstacles[0] if found.obstacles else None
+
+        self.clauses.append(clause)
+        return symbol
+
+
+@dataclass(frozen=True)
+class ReadBy:
+    """A linear found as a reader, with the flow that led to it."""
+
+    node: fx.Node
+    labels: tuple[int, ...]
+    flow: Flow
+
+
+def value_of(found: Any) -> fx.Node:
+    """The value node that something bound stands for."""
+    return found.node if isinstance(found, (Stream, ReadBy, Heads)) else found
+
+
+def feeding(program: Program, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The linears from which a value is computed without another linear in between, within its part."""
+    seen: dict[fx.Node, None] = {}
+    queue, found = [node], []
+    while queue:
+        current = queue.pop(0)
+        if current in seen or current.meta.get("part") != node.meta.get("part"):
+            continue
+        seen[current] = None
+        leaf = program.leaf(current)
+        if leaf is not None and leaf.kind == "linear":
+            found.append(current)
+        else:
+            queue.extend(operands(current))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Pattern(Generic[M]):
+    """A named shape of dataflow. Calling ``find`` gives all matches; ``nearest`` says why there is none."""
+
+    name: str
+    function: Callable[[Sketch], M]
+    doc: str
+
+    def find(self, program: Program) -> tuple[M, ...]:
+        """All matches, in graph order."""
+        return tuple(match for match, _ in self._solve(program) if match is not None)
+
+    def nearest(self, program: Program, at: str | None = None) -> NoMatch | None:
+        """The attempt that got furthest and failed, below the module ``at``; None if nothing was tried."""
+        misses = [miss for _, miss in self._solve(program) if miss is not None]
+        if at is not None:
+            misses = [miss for miss in misses if miss.at == at or miss.at.startswith(at + ".")]
+        return max(misses, key=lambda miss: miss.depth, default=None)
+
+    def _solve(self, program: Program) -> Iterator[tuple[M | None, NoMatch | None]]:
+        sketch = Sketch()
+        drawn = self.function(sketch)
+
+        def descend(depth: int, bound: Binding) -> Iterator[tuple[M | None, NoMatch | None]]:
+            if depth == len(sketch.clauses):
+                yield fill(drawn, program, bound), None
+                return
+            for extended, obstacle in sketch.clauses[depth](program, bound):
+                if obstacle is None:
+                    yield from descend(depth + 1, extended)
+                else:
+                    yield None, NoMatch(obstacle.reason, place(program, obstacle.node), depth)
+
+        seen: set[Any] = set()
+        for match, miss in descend(0, {}):
+            if match is None or match not in seen:
+                seen.add(match)
+                yield match, miss
+
+
+def place(program: Program, node: fx.Node) -> str:
+    """The qualified module that a node belongs to, or its name."""
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        name = list(stack.values())[-1][0]
+        return name.removeprefix("L['self'].") or node.name
+    return node.name
+
+
+def fill(drawn: M, program: Program, bound: Binding) -> M:
+    """Replace the symbols in a match by what they are bound to."""
+
+    def value(field: Any) -> Any:
+        if not isinstance(field, Symbol):
+            return field
+        found = bound[field.index]
+        return typed(found) if field.part is None else getattr(found, field.part)
+
+    fields = {f.name: value(getattr(drawn, f.name)) for f in dataclasses.fields(drawn)}  # type: ignore[arg-type]
+    return type(drawn)(**fields)
+
+
+def typed(found: Any) -> Any:
+    """A bound thing as a match holds it: sites for linears, norms and embeddings, node names for values."""
+    if isinstance(found, Stream):
+        return site(found.writer, found.rows)
+    if isinstance(found, ReadBy):
+        width = len(found.labels)
+        return Site(str(found.node.target), None if found.labels == tuple(range(width)) else inverse(found))
+    if isinstance(found, Heads):
+        return found.node.name
+    if isinstance(found, fx.Node):
+        return Site(str(found.target)) if found.op == "call_module" else found.name
+    if isinstance(found, Space):
+        return found
+    return tuple(typed(item) for item in found)
+
+
+def site(writer: fx.Node, rows: tuple[int, ...]) -> Site:
+    """The output channels ``rows`` of a writer; all of them in order are written as None."""
+    return Site(str(writer.target), None if rows == tuple(range(shape(writer)[-1])) else rows)
+
+
+def inverse(found: ReadBy) -> tuple[int, ...]:
+    """``channels[i]``: the input channel of the reader that holds channel i of what it reads."""
+    positions = {label: channel for channel, label in enumerate(found.labels)}
+    return tuple(positions[i] for i in sorted(positions))
+
+
+def pattern(function: Callable[[Sketch], M]) -> Pattern[M]:
+    """Make a pattern of a function over symbols."""
+    return Pattern(function.__name__, function, function.__doc__ or "")

@@ -1,0 +1,202 @@
+"""Plan: an ordered list of passes and a target, checked and costed before any weight is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import registry
+from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
+from .errors import Refused
+from .graph_edit import rewritten
+from .program import Program
+from .roles import roles_of
+from .scheme import Scheme, matches
+from .spelling import passes_of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of the plan: what it found, and the state of the program before it."""
+
+    index: int
+    what: Pass
+    answer: Answer
+    program: Program
+    bases: tuple[Basis, ...]
+    """Rotations of the residual stream that earlier passes made, in order."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compile will do. ``problems`` is empty when it can be done."""
+
+    program: Program
+    steps: tuple[Step, ...]
+    final: Program
+    """The program after all passes: graph side applied, weights untouched."""
+    bases: tuple[Basis, ...]
+    scheme: Scheme
+    target: Any
+    dtype: torch.dtype
+    """The dtype in which floats are exported."""
+    tp: int
+    seed: int
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any unknown is solved on calibration data."""
+        return any(
+            step.what.needs_training or any(slot.needs for rewrite in step.answer.rewrites for slot in rewrite.slots)
+            for step in self.steps
+        )
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """The format class of every quantized linear, by module."""
+        return {
+            str(node.target): self.target.format_of(node.meta["scheme"], "rotated" in node.meta)
+            for node in self.final.graph.nodes
+            if "scheme" in node.meta
+        }
+
+    def require(self) -> Plan:
+        """The plan itself, or Refused with all its problems at once."""
+        if self.problems:
+            count = len(self.problems)
+            lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
+            raise Refused(f"this plan has {count} problem{'s' if count > 1 else ''}:\n{lines}")
+        return self
+
+
+def make_plan(
+    program: Program,
+    passes: str | Iterable[str | Pass],
+    *,
+    scheme: str | Scheme = "auto",
+    target: str | Any = "vllm-ascend",
+    tp: int = 1,
+    seed: int = 0,
+) -> Plan:
+    """Run the rewrite phase: order checks, matches, edits of the graph, the target's rules. No weight is read."""
+    chosen, notes = passes_of(passes)
+    scheme = registry.get("schemes", scheme) if isinstance(scheme, str) else scheme
+    target = registry.get("targets", target) if isinstance(target, str) else target
+    dtype = torch.bfloat16 if program.dtype in (torch.float32, torch.float64) else program.dtype
+    roles = roles_of(program)
+    problems = order_problems(chosen)
+    steps: list[Step] = []
+    current, bases = program, ()
+    facts: set[Fact] = set()
+    for index, one in enumerate(chosen):
+        setting = setting_at(chosen, index, scheme=scheme, roles=roles, tp=tp, seed=seed, dtype=dtype)
+        lacking = one.requires - facts
+        if lacking:
+            problems += [missing_fact(one, fact) for fact in sorted(lacking, key=lambda fact: fact.name)]
+            answer = Answer(())
+        else:
+            answer = one.rewrite(current, setting)
+        problems += [f"{one.name}: {problem}" for problem in answer.problems]
+        problems += unused_globs(one, current)
+        problems += after_quantizer(one, answer, current)
+        steps.append(Step(index, one, answer, current, bases))
+        current = rewritten(current, answer.rewrites)
+        bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
+        facts = (facts - one.breaks) | one.provides
+    problems += unused_rules(scheme, program)
+    plan = Plan(program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes)
+    if not any(rewrite.claim is LOSSY for step in steps for rewrite in step.answer.rewrites) and not problems:
+        notes += ("no linear is quantized: add linear_quant or autoround, or choose another --scheme",)
+    return Plan(
+        program, tuple(steps), current, bases, scheme, target, dtype, tp, seed,
+        (*problems, *target.problems(plan)), (*notes, *target.notes(plan)),
+    )  # fmt: skip
+
+
+def setting_at(chosen: Sequence[Pass], index: int, *, roles: Any, **rest: Any) -> Setting:
+    """What the pass at one place of a plan may know."""
+    names = tuple(one.name for one in chosen)
+    return Setting(
+        before=names[:index], after=names[index + 1 :], roles=roles, row_parallel=roles["row_parallel"], **rest
+    )
+
+
+def order_problems(chosen: Sequence[Pass]) -> list[str]:
+    """Passes that stand where another one's declaration forbids it, each with the reason and the fix."""
+    names = [one.name for one in chosen]
+    problems = []
+    neutral = {"scheme": None, "roles": {"row_parallel": frozenset()}}
+    for index, one in enumerate(chosen):
+        taken = one.takes(setting_at(chosen, index, **neutral))
+        for pattern in taken:
+            shown = pattern.name.replace("_", "-")
+            for other, why in one.before.get(pattern, {}).items():
+                if other in names[:index]:
+                    problems.append(
+                        f"{one.name} takes {shown} sites after {other}: {why}. Put it before {other}, or leave "
+                        f"{shown} out (enable_subgraph_type=...)"
+                    )
+            for other, why in one.after.get(pattern, {}).items():
+                if other in names[index + 1 :]:
+                    problems.append(
+                        f"{one.name} takes {shown} sites before {other}: {why}. Put it after {other}, or leave "
+                        f"{shown} out (enable_subgraph_type=...)"
+                    )
+    return problems
+
+
+def missing_fact(one: Pass, fact: Fact) -> str:
+    """What a pass requires and nobody before it provides."""
+    providers = [
+        name for name in registry.names("passes")
+        if fact in registry.get("passes", name).provides and registry.get("passes", name).name == name
+    ]  # fmt: skip
+    fix = f"put {' or '.join(providers)} before it" if providers else "no registered pass provides it"
+    return f"{one.name} requires that {fact.value}, which no pass before it provides: {fix}"
+
+
+def after_quantizer(one: Pass, answer: Answer, current: Program) -> list[str]:
+    """Rewrites of weights that are integers already."""
+    quantized = {str(node.target) for node in current.graph.nodes if "scheme" in node.meta}
+    if one.claim is not EXACT:
+        return []
+    hit = [module for rewrite in answer.rewrites for module in rewrite.modules if module in quantized]
+    if not hit:
+        return []
+    return [
+        f"{one.name} rewrites {len(set(hit))} linears (first {hit[0]}) that a pass before it has quantized: "
+        f"put {one.name} before the quantizer"
+    ]
+
+
+def unused_globs(one: Pass, program: Program) -> list[str]:
+    """Globs of a pass that match no module of the program."""
+    problems = []
+    for option in ("include", "exclude"):
+        for glob in getattr(one, option, None) or ():
+            if glob != "*" and not any(matches(name, (glob,)) for name in program.leaves):
+                problems.append(f"{one.name}: {option} {glob!r} matches nothing{suggest(glob, program.leaves)}")
+    return problems
+
+
+def unused_rules(scheme: Scheme, program: Program) -> list[str]:
+    """Globs of a scheme that match no module of the program."""
+    globs = [glob for rule in scheme.rules for glob in (*rule.include, *rule.exclude) if glob != "*"]
+    return [
+        f"scheme {scheme.name}: {glob!r} matches nothing{suggest(glob, program.leaves)}"
+        for glob in globs
+        if not any(matches(name, (glob,)) for name in program.leaves)
+    ]
+
+
+def suggest(glob: str, names: Iterable[str]) -> str:
+    """``; did you mean '*.down_proj'?``: the glob with its last component spelled as a module is."""
+    head, dot, last = glob.rpartition(".")
+    close = difflib.get_close_matches(last.strip("*"), sorted({name.rpartition(".")[2] for name in names}), n=1)
+    return f"; did you mean {head + dot + close[0]!r}?" if close else ""

@@ -1,0 +1,149 @@
+"""What a leaf is, found from its ops and by running it: a linear, an embedding, a norm, or something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from .canon import aten, op_name, symbolic
+from .interpret import Semantics, interpret
+from .program import Kind, Norm
+
+LAYOUT = frozenset({"view", "reshape", "_unsafe_view"})
+ROWS = 6
+TIGHT = 1e-9
+"""Largest relative error at which a leaf still is the norm that it was taken for."""
+
+
+def _compute(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_function" and not symbolic(n)]
+
+
+def _sizes(val: Tensor) -> list[str]:
+    return [str(size) for size in val.shape]
+
+
+def _is_attr(value: object, name: str) -> bool:
+    return isinstance(value, fx.Node) and value.op == "get_attr" and value.target == name
+
+
+def linear(graph: fx.Graph) -> bool | None:
+    """Whether the weight is stored as [in, out], for a graph that is one linear; None for any other graph."""
+    ops = _compute(graph)
+    if len(ops) == 1 and ops[0].target is aten.linear.default:
+        (node,) = ops
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not _is_attr(node.args[1], "weight") or not (bias is None or _is_attr(bias, "bias")):
+            return None
+        return False if getattr(node.args[0], "op", "") == "placeholder" else None
+    core = [n for n in ops if op_name(n) not in LAYOUT]
+    if len(core) == 1 and core[0].target is aten.addmm.default:
+        (node,) = core
+        (given,) = (n for n in graph.nodes if n.op == "placeholder")
+        val, result = given.meta["val"], next(iter(reversed(graph.nodes))).args[0]
+        if _is_attr(node.args[0], "bias") and _is_attr(node.args[2], "weight") and len(node.args) == 3:
+            same = isinstance(result, fx.Node) and _sizes(result.meta["val"])[:-1] == _sizes(val)[:-1]
+            return True if same else None
+    return None
+
+
+def embedding(graph: fx.Graph) -> bool:
+    """Whether the graph looks rows up in a table named ``weight`` and does nothing else."""
+    ops = _compute(graph)
+    return len(ops) == 1 and ops[0].target is aten.embedding.default and _is_attr(ops[0].args[0], "weight")
+
+
+def norm(graph: fx.Graph, parameters: Mapping[str, tuple[int, ...]]) -> Norm | None:
+    """The norm that a graph computes over the last axis of its only input, or None where it is not a norm.
+
+    Run in float64 on random numbers: weights of zero and one give the offset, tiny inputs give eps, shifted ones say
+    whether the mean is subtracted; then the formula has to reproduce fresh random inputs and weights.
+    """
+    given = [n for n in graph.nodes if n.op == "placeholder"]
+    result = next(iter(reversed(graph.nodes))).args[0]
+    if len(given) != 1 or not isinstance(result, fx.Node) or set(parameters) - {"weight", "bias"}:
+        return None
+    val, out = given[0].meta.get("val"), result.meta.get("val")
+    if not isinstance(val, Tensor) or not isinstance(out, Tensor) or not val.is_floating_point():
+        return None
+    if val.ndim != out.ndim or val.ndim == 0 or not isinstance(val.shape[-1], int):
+        return None
+    width = val.shape[-1]
+    if any(shape[-1:] != (width,) for shape in parameters.values()):
+        return None
+    if any(op_name(n) == "rms_norm" and (n.args[3:] or (None,))[0] is None for n in _compute(graph)):
+        return None  # an eps that follows the dtype is no number that could be kept
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    heads = tuple(next((s[:-1] for s in parameters.values() if len(s) > 1), ()))
+    inner = tuple(d if isinstance(d, int) else 3 for d in val.shape[:-1])
+    lead = (*inner[: len(inner) - len(heads)], *heads)
+
+    def run(x: Tensor, weight: float | Tensor, bias: float | Tensor) -> Tensor:
+        given_values = {"weight": weight, "bias": bias}
+        tensors = {
+            name: torch.as_tensor(given_values[name], dtype=torch.float64).expand(shape).clone()
+            for name, shape in parameters.items()
+        }
+        return interpret(graph, [x], tensors, Semantics(val.dtype, torch.float64))
+
+    def formula(x: Tensor, found: Norm, weight: Tensor, bias: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if found.mean_subtracting else x
+        y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + found.eps)
+        y = y * (weight + found.offset) if found.weight else y
+        return y + bias if found.bias else y
+
+    try:
+        x = draw(*lead, width) + 0.5
+        one, zero = run(x, 1.0, 0.0), run(x, 0.0, 0.0)
+        unit = one - zero if "weight" in parameters else one
+        if one.shape != x.shape or not unit.abs().max() > 0:
+            return None
+        offset = float((zero / unit).median().round(decimals=6)) if "weight" in parameters else 0.0
+        shifted = run(x + 3.0, 1.0, 0.0)
+        centred = bool((shifted - one).norm() < 1e-6 * one.norm())
+        small = 1e-4 * draw(*lead, width)
+        y = run(small, 1.0, 0.0) / (1.0 + offset if "weight" in parameters else 1.0)
+        part = small - small.mean(-1, keepdim=True) if centred else small
+        eps = float(((part / y).square() - part.square().mean(-1, keepdim=True)).median())
+        found = Norm(
+            mean_subtracting=centred,
+            offset=offset,
+            bias="bias" in parameters,
+            weight="weight" in parameters,
+            eps=_written(graph, eps),
+            width=width,
+        )
+        for scale in (1e-3, 1.0, 30.0):
+            x, weight, bias = scale * draw(*lead, width) + scale, draw(*(parameters.get("weight") or (1,))), draw(
+                *(parameters.get("bias") or (1,))
+            )
+            got, want = run(x, weight, bias), formula(x, found, weight, bias)
+            if not (got - want).norm() <= TIGHT * want.norm():
+                return None
+    except (RuntimeError, IndexError, TypeError, NotImplementedError):
+        return None  # does not even run on rows of its width: whatever it is, it is not a norm
+    return found
+
+
+def _written(graph: fx.Graph, eps: float) -> float:
+    """The number in the graph's text that a measured eps stands for, or the measured one."""
+    numbers = [a for n in _compute(graph) for a in (*n.args, *n.kwargs.values()) if isinstance(a, float)]
+    near = [n for n in numbers if abs(n - eps) <= 1e-3 * abs(n)]
+    return near[0] if near else eps
+
+
+def kind_of(graph: fx.Graph, parameters: Mapping[str, tuple[int, ...]]) -> tuple[Kind, Norm | None, bool]:
+    """Kind of a leaf with the facts that belong to it: (kind, norm, weight stored transposed)."""
+    transposed = linear(graph)
+    if transposed is not None:
+        return "linear", None, transposed
+    if embedding(graph):
+        return "embedding", None, False
+    found = norm(graph, parameters)
+    return ("norm", found, False) if found else ("opaque", None, False)

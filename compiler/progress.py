@@ -1,0 +1,36 @@
+"""Progress of a compile: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from .solve import Progress
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[Progress], None]]:
+    """A report function for the solver, for as long as the context lasts. It writes to standard error."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = ""
+
+        def plain(progress: Progress) -> None:
+            nonlocal last
+            if progress.part != last:
+                last = progress.part
+                print(f"[{progress.index + 1}/{progress.total}] {progress.part}", file=sys.stderr, flush=True)
+
+        yield plain
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task("capture", total=None)
+        yield lambda progress: bar.update(
+            task, total=progress.total, completed=progress.index, description=f"{progress.part}: {progress.what}"
+        )

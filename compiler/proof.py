@@ -1,0 +1,151 @@
+"""Prover: carries proof rows through the model in float64 and proves the rewrites of each part on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.quantize import dequantize
+from ..runtime.quantized import QuantizedLinear
+from .contract import Basis, Rewrite
+from .execute import execute, inputs_of
+from .fake_quant import fake_act
+from .operand import Slot
+from .plan import Plan, Step
+from .program import Part, Program
+from .rows import RowwiseTensor
+from .scheme import LinearScheme
+from .verify import Certificate, Edited, check, error, into, outcome, random_rows
+
+TOKENS = 64
+"""Tokens per proof row: one row of calibration text and one of random hidden states."""
+VOCABULARY = 1024
+"""Rows of the head that proofs look at."""
+
+
+@dataclass
+class Proved:
+    """How far the proofs of one part have come."""
+
+    part: Part
+    original: dict[str, Any]
+    """What the part computed before all rewrites."""
+    current: dict[str, Any]
+    """What it computes with the rewrites so far, as they are kept (float32)."""
+
+
+class Prover:
+    """Proof rows at the entrance of the part in work, float64, in the basis of the original program."""
+
+    def __init__(self, plan: Plan, ids: Tensor) -> None:
+        self.plan = plan
+        generator = torch.Generator().manual_seed(plan.seed)
+        row = ids[:1, :TOKENS]
+        noise = torch.randint(0, int(ids.max()) + 1, row.shape, generator=generator)
+        self.ids = torch.cat([row, noise])
+        self.env: dict[str, Any] = {}
+
+    def prologue(self, rowwise: Mapping[str, RowwiseTensor]) -> None:
+        """Place the token ids at the entrance. Of a large embedding only the rows in use are looked at."""
+        ids = self.ids
+        tables = [rows for rows in rowwise.values() if self.plan.program.leaves[rows.module].kind == "embedding"]
+        if len(tables) == 1 and self._only_embedded(tables[0].module):
+            used, ids = torch.unique(self.ids, return_inverse=True)
+            tables[0].sample = used
+        else:
+            for table in tables:
+                table.sample = torch.arange(len(table.full))
+        self.env = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _only_embedded(self, module: str) -> bool:
+        """Whether token ids are looked up in one table, and otherwise only asked for their number."""
+        node = next(node for node in self.plan.program.graph.nodes if node.name == "input_ids")
+        return all(
+            user.target == module or not isinstance(user.meta.get("val"), Tensor) for user in node.users
+        )
+
+    def sample(self, rowwise: Mapping[str, RowwiseTensor]) -> None:
+        """Choose the rows of the head that proofs look at."""
+        for rows in rowwise.values():
+            step = max(1, len(rows.full) // VOCABULARY)
+            rows.sample = torch.arange(0, len(rows.full), step)
+
+    def start(self, part: Part, tensors: Mapping[str, Tensor]) -> Proved:
+        """Run a part as it is."""
+        result = outcome(self.plan.program, part, tensors, self.env, ())
+        return Proved(part, result, result)
+
+    def prove(
+        self, proved: Proved, step: Step, rewrite: Rewrite, tensors: Mapping[str, Tensor], values: Mapping[Slot, Any]
+    ) -> Certificate:
+        """Prove one rewrite of a part on the state before it, or stop with NotEquivalent."""
+        program, bases = self._after(step)
+        part = proved.part
+        base = {**neutral(program, part), **tensors}
+        exact = Edited(program, base, rewrite.edits, values)
+        after = outcome(program, part, exact, self.env, bases)
+        math = error(proved.current, after, self.env)
+        check(f"{rewrite.pass_name} at {rewrite.where} ({part.name})", math, f"--passes up to {step.what}")
+        kept = Edited(program, base, rewrite.edits, values, rounded=torch.float32)
+        proved.current = outcome(program, part, kept, self.env, bases)
+        return Certificate(math, self.ids.numel())
+
+    def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+        """Error of a part with all its rewrites and its tensors cast to the dtype of export, against the original."""
+        program, part = self.plan.final, proved.part
+        cast = {name: t.to(dtype).double() if t.is_floating_point() else t for name, t in tensors.items()}
+        return error(proved.original, outcome(program, part, cast, self.env, self.plan.bases), self.env)
+
+    def sqnr(
+        self, part: Part, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedLinear],
+        schemes: Mapping[str, LinearScheme],
+    ) -> dict[str, float]:  # fmt: skip
+        """Signal to quantization noise of each quantized linear's output in dB, on the calibration row."""
+        found: dict[str, float] = {}
+
+        def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.linear(x, weight.to(x.dtype))
+            if name in quantized:
+                q = quantized[name]
+                noisy = F.linear(fake_act(x[:1], schemes[name], q), dequantize(q.weight, q.scale.to(x.dtype)))
+                noise = float((noisy - y[:1]).pow(2).sum())
+                signal = float(y[:1].pow(2).sum())
+                found[name] = 10 * float(torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
+            return y if bias is None else y + bias.to(x.dtype)
+
+        program, bases = self.plan.final, self.plan.bases
+        env = {node: into(node.name, self.env[node.name], bases) for node in inputs_of(program, part)}
+        with torch.no_grad():
+            execute(program, part, tensors, env, dtype=torch.float64, linear=hook)
+        return found
+
+    def finish(self, proved: Proved) -> None:
+        """Move the proof rows to the entrance of the next part; the second row of hidden states is drawn anew."""
+        for name, value in proved.original.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:2] == self.ids.shape:
+                noise = random_rows(value[:1], self.plan.seed, proved.part.name)
+                value = torch.cat([value[:1], noise])
+            self.env[name] = value
+
+    def _after(self, step: Step) -> tuple[Program, tuple[Basis, ...]]:
+        """The program and the bases after a step."""
+        if step.index + 1 < len(self.plan.steps):
+            following = self.plan.steps[step.index + 1]
+            return following.program, following.bases
+        return self.plan.final, self.plan.bases
+
+
+def neutral(program: Program, part: Part) -> dict[str, Tensor]:
+    """Tensors of inserted ops that change nothing: identity rotations and zero biases, until their edit comes."""
+    found: dict[str, Tensor] = {}
+    for node in program.nodes(part):
+        if node.op == "get_attr" and node.target not in program.constants:
+            size = tuple(int(n) for n in node.meta["val"].shape)
+            square = str(node.target).endswith("_trans")
+            found[str(node.target)] = torch.eye(size[0]) if square else torch.zeros(size)
+    return found

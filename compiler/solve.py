@@ -1,0 +1,323 @@
+"""Solve: stream the weights part by part, fill the unknowns, prove, quantize and hand the tensors on.
+
+Per part: load its weights as float32; for each pass in order collect the statistics that its unknowns need on
+the state of the program that the pass sees, solve, prove, apply; then write, compute what the next part reads,
+and forget. Peak memory is a few times one block, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.quantized import QuantizedLinear
+from .contract import EXACT, LOSSY, Rewrite
+from .edit import Edit, Verb, apply, by_module
+from .errors import Failed
+from .fake_quant import quantized_linears
+from .journal import Journal
+from .observe import Observers
+from .operand import Quantize, Slot, Statistic
+from .plan import Plan, Step
+from .program import Part, Program
+from .proof import Prover
+from .rows import RowwiseTensor, is_rowwise
+from .scheme import LinearScheme
+from .streams import Stream, needed_after, prologue
+from .view import BlockView
+
+Sink = Callable[[str, Tensor], None]
+"""Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being worked on, for whoever shows it."""
+
+    part: str
+    index: int
+    total: int
+    what: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """The part of a step that lies in one part of the program."""
+
+    step: Step
+    rewrites: tuple[Rewrite, ...]
+
+
+class Solver:
+    """One solve of a plan. ``ids`` are calibration tokens [n, length]; ``compute`` the dtype of calibration runs."""
+
+    def __init__(
+        self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype, microbatch: int = 4,
+        report: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:  # fmt: skip
+        self.plan, self.ids, self.sink, self.compute, self.microbatch = plan, ids, sink, compute, microbatch
+        self.report = report
+        self.journal = Journal()
+        self.needed = needed_after(plan.program)
+        self.prover = Prover(plan, ids)
+        self.quantizes_inputs = any(step.what.propagates_quantized for step in plan.steps)
+        self.float_stream: Stream | None = None
+        self.quantized_stream: Stream | None = None
+
+    def run(self) -> Journal:
+        """Solve and hand on every part, in order."""
+        parts = self.plan.program.parts
+        for part in parts:
+            self.report(Progress(part.name, part.index, len(parts), "load"))
+            _PartSolver(self, part).run()
+        return self.journal
+
+
+class _PartSolver:
+    """The state of one part while its passes are solved."""
+
+    def __init__(self, solver: Solver, part: Part) -> None:
+        self.solver, self.plan, self.part = solver, solver.plan, part
+        self.is_block = part.kind >= 0
+        self.work = [Work(step, restricted(step, self.plan.program, part)) for step in self.plan.steps]
+        self.quantized: dict[str, QuantizedLinear] = {}
+        self.schemes: dict[str, LinearScheme] = {}
+        self.outputs: list[dict[str, Any]] | None = None
+        self.rowwise: dict[str, RowwiseTensor] = {}
+        self.tensors = self._load()
+
+    def _load(self) -> dict[str, Tensor]:
+        program, source = self.plan.program, self.plan.program.source
+        edits = by_module(edit for work in self.work for rewrite in work.rewrites for edit in rewrite.edits)
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in source.load(own_names(program, self.part)).items():
+            source.check_finite(name, tensor)
+            module = name.rpartition(".")[0]
+            leaf = program.leaves.get(module)
+            if not self.is_block and leaf is not None and is_rowwise(leaf, name, tensor, edits.get(module, ())):
+                self.rowwise[name] = RowwiseTensor(module, name, tensor)
+                continue
+            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        return tensors
+
+    def run(self) -> None:
+        solver = self.solver
+        if self.part.index == 0:
+            if self.plan.needs_data:
+                self._prologue()
+            solver.prover.prologue(self.rowwise)
+        if self.part.index == len(self.plan.program.parts) - 1:
+            solver.prover.sample(self.rowwise)
+        proved = solver.prover.start(self.part, self._proof_tensors())
+        for work in self.work:
+            if not work.rewrites:
+                continue
+            solver.report(Progress(self.part.name, self.part.index, len(self.plan.program.parts), work.step.what.name))
+            view = self._view(work)
+            for rewrite in work.rewrites:
+                values = dict(work.step.what.solve(rewrite, view))
+                check_values(rewrite, values)
+                if rewrite.claim is EXACT:
+                    certificate = solver.prover.prove(proved, work.step, rewrite, self._proof_tensors(), values)
+                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate)
+                else:
+                    solver.journal.changed(self.part.name, rewrite, rewrite.edits)
+                self._apply(rewrite, values)
+        if any(rewrite.claim is EXACT for work in self.work for rewrite in work.rewrites):
+            error = solver.prover.stored(proved, self._proof_tensors(), self.plan.dtype)
+            solver.journal.stored(self.part.name, error)
+        if self.quantized:
+            sqnr = solver.prover.sqnr(self.part, self.tensors, self.quantized, self.schemes)
+            solver.journal.measured(self.part.name, sqnr)
+        self._write()
+        self._advance()
+        solver.prover.finish(proved)
+
+    def _prologue(self) -> None:
+        solver, plan = self.solver, self.plan
+        tensors = {**self.tensors, **{name: rows.full for name, rows in self.rowwise.items()}}
+        make = lambda: prologue(  # noqa: E731
+            plan.program, tensors, solver.ids, solver.microbatch, solver.compute, plan.bases
+        )
+        solver.float_stream = make()
+        if solver.quantizes_inputs:
+            solver.quantized_stream = make()
+
+    def _proof_tensors(self) -> Mapping[str, Tensor]:
+        """Float32 tensors, large tables reduced to the rows that proofs look at."""
+        if not self.rowwise:
+            return self.tensors
+        return {**self.tensors, **{name: rows.sampled() for name, rows in self.rowwise.items()}}
+
+    def _view(self, work: Work) -> BlockView:
+        statistics: dict[Statistic, Tensor] = {}
+        wanted = [need for rewrite in work.rewrites for slot in rewrite.slots for need in slot.needs]
+        if wanted:
+            observers = Observers(wanted)
+            self._run_float(work.step, observers)
+            statistics = observers.results()
+        view = BlockView(self.part.name, self.tensors, statistics, self.plan.dtype, self.plan.seed, self.quantized)
+        if work.step.what.needs_training:
+            self._training(view, work.step)
+        return view
+
+    def _run_float(self, step: Step, linear: Any = None) -> None:
+        """Run the part on the float stream in the state before a step; its outputs serve the next part too."""
+        stream = self.solver.float_stream
+        assert stream is not None
+        with torch.no_grad():
+            tensors = cast(self.tensors, self.solver.compute)
+            outputs = [
+                stream.run(i, step.program, self.part, tensors, step.bases, linear)
+                for i in range(len(stream.batches))
+            ]  # fmt: skip
+        if self.outputs is None and not self.quantized:
+            self.outputs = outputs
+
+    def _training(self, view: BlockView, step: Step) -> None:
+        """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
+        if self.outputs is None:
+            self._run_float(step)
+        solver, outputs = self.solver, self.outputs
+        stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
+        assert stream is not None and outputs is not None
+        hidden = main_value(outputs[0], self.plan)
+        tensors = cast(self.tensors, solver.compute)
+        for name in self.schemes_of(step):
+            tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
+
+        def forward(hook: Any, index: int) -> Tensor:
+            return stream.run(index, step.program, self.part, tensors, step.bases, hook)[hidden]
+
+        view.batches = len(stream.batches)
+        view.forward = forward
+        view.target = lambda index: outputs[index][hidden]
+        view.report = lambda text: solver.report(
+            Progress(self.part.name, self.part.index, len(self.plan.program.parts), f"{step.what.name} {text}")
+        )
+
+    def schemes_of(self, step: Step) -> list[str]:
+        """The linears of this part that a step quantizes."""
+        return [
+            edit.site.module for work in self.work if work.step is step
+            for rewrite in work.rewrites for edit in rewrite.edits if edit.verb is Verb.SWAP
+        ]  # fmt: skip
+
+    def _apply(self, rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
+        before = dict(self.tensors)
+        for module, edits in by_module(rewrite.edits).items():
+            if all(edit.verb is Verb.SWAP for edit in edits):
+                for edit in edits:
+                    assert isinstance(edit.operand, Quantize)
+                    self.quantized[module] = values[edit.operand.slot]
+                    self.schemes[module] = edit.operand.scheme
+                continue
+            rows = self.rowwise.get(f"{module}.weight")
+            if rows is not None:
+                rows.edit(edits, values, before)
+                continue
+            new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
+            self.tensors.update({f"{module}.{local}": tensor.float() for local, tensor in new.items()})
+
+    def _write(self) -> None:
+        dtype = self.plan.dtype
+        formats = self.plan.formats
+        for name, rows in self.rowwise.items():
+            self.solver.sink(name, rows.finished(self.plan.program, dtype))
+        for module, q in self.quantized.items():
+            for local, tensor in formats[module].pack(q, dtype).items():
+                self.solver.sink(f"{module}.{local}", tensor)
+        for name, tensor in self.tensors.items():
+            if name.rpartition(".")[0] not in self.quantized:
+                self.solver.sink(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+    def _advance(self) -> None:
+        """Compute what the next part reads, and let the streams take it in."""
+        solver, stream = self.solver, self.solver.float_stream
+        if stream is None or self.part.index == 0:
+            return
+        needed = solver.needed[self.part.index]
+        if not needed:
+            return
+        if self.outputs is None:
+            self._run_float(replace(self.plan.steps[0], program=self.plan.program, bases=())
+                            if not any(w.rewrites for w in self.work) else self._last_float_step())  # fmt: skip
+        assert self.outputs is not None
+        if solver.quantized_stream is not None:
+            hook = quantized_linears(self.quantized, self.schemes, solver.compute)
+            tensors = cast(self.tensors, solver.compute)
+            quantized = solver.quantized_stream
+            with torch.no_grad():
+                results = [
+                    quantized.run(i, self.plan.final, self.part, tensors, self.plan.bases, hook)
+                    for i in range(len(quantized.batches))
+                ]
+            quantized.advance(results, needed)
+        stream.advance(self.outputs, needed)
+
+    def _last_float_step(self) -> Step:
+        """The state after all EXACT passes, in which the float tensors are now."""
+        first_lossy = next((step for step in self.plan.steps if step.what.claim is LOSSY), None)
+        if first_lossy is not None:
+            return first_lossy
+        return replace(self.plan.steps[-1], program=self.plan.final, bases=self.plan.bases)
+
+
+def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
+    """The rewrites of a step, each with the edits whose modules lie in one part."""
+    inside = {str(node.target) for node in program.nodes(part) if node.op == "call_module"}
+    found = []
+    for rewrite in step.answer.rewrites:
+        edits: tuple[Edit, ...] = tuple(edit for edit in rewrite.edits if edit.site.module in inside)
+        if edits:
+            found.append(replace(rewrite, edits=edits))
+    return tuple(found)
+
+
+def own_names(program: Program, part: Part) -> list[str]:
+    """Parameters and persistent buffers of the modules of a part, tied ones under their own names."""
+    names: dict[str, None] = {}
+    for node in program.nodes(part):
+        if node.op == "get_attr":
+            names[str(node.target)] = None
+        elif node.op == "call_module":
+            module = program.root.get_submodule(str(node.target))
+            names |= {f"{node.target}.{local}": None for local, _ in module.named_parameters()}
+            names |= {f"{node.target}.{local}": None for local, _ in module.named_buffers()}
+    known = set(program.source.names()) | set(program.ties)
+    return [name for name in names if name not in program.constants and name in known]
+
+
+def main_value(outputs: Mapping[str, Any], plan: Plan) -> str:
+    """The name of the hidden state among the outputs of a block."""
+    floats = [name for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    if len(floats) != 1:
+        raise Failed(f"a block hands on {len(floats)} float values; training needs exactly one")
+    return floats[0]
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Float tensors in the dtype of execution."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def check_values(rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
+    """All slots filled, with finite tensors of the declared shape."""
+    for slot in rewrite.slots:
+        value = values.get(slot)
+        if value is None:
+            raise Failed(f"{rewrite.pass_name} at {rewrite.where}: {slot.name} was not solved")
+        tensors: Iterable[Tensor] = (value.weight, value.scale) if isinstance(value, QuantizedLinear) else (value,)
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Failed(
+                    f"{rewrite.pass_name} at {rewrite.where}: {slot.name} is not finite. Look at the weights and "
+                    "the calibration data of this site"
+                )
+        main: Sequence[int] = value.weight.shape if isinstance(value, QuantizedLinear) else value.shape
+        if tuple(main) != slot.shape:
+            raise Failed(f"{rewrite.pass_name}: {slot.name} has shape {tuple(main)}, declared {slot.shape}")

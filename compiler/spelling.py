@@ -1,0 +1,124 @@
+"""The spelling of passes on the command line: ``iter_smooth{alpha=0.7, enable_subgraph_type=ov+up-down},quarot``."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from . import registry
+from .contract import Pass
+from .errors import Refused
+
+
+def passes_of(given: str | Iterable[str | Pass]) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
+    """Passes of a command-line string or a list of strings and passes; presets expanded, each with a note."""
+    items: Sequence[str | Pass] = split(given) if isinstance(given, str) else list(given)
+    passes: list[Pass] = []
+    notes: list[str] = []
+    for item in items:
+        if isinstance(item, Pass):
+            passes.append(item)
+            continue
+        if not isinstance(item, str):
+            raise Refused(f"{item!r} is not a pass: give a name or an instance of qc.Pass")
+        for text in split(item):
+            expanded = one(text)
+            if len(expanded) != 1 or expanded[0].name != text.partition("{")[0].strip():
+                notes.append(f"{text} is {', '.join(str(p) for p in expanded)}")
+            passes += expanded
+    if not passes:
+        raise Refused("no passes were given: e.g. --passes 'iter_smooth,quarot,autoround' (see qc passes)")
+    return tuple(passes), tuple(notes)
+
+
+def split(text: str) -> list[str]:
+    """The comma-separated items of a string, commas inside braces kept together."""
+    items, depth, current = [], 0, ""
+    for char in text:
+        depth += {"{": 1, "}": -1}.get(char, 0)
+        if depth < 0 or depth > 1:
+            raise Refused(f"--passes {text!r}: braces do not pair up")
+        if char == "," and depth == 0:
+            items.append(current.strip())
+            current = ""
+        else:
+            current += char
+    if depth:
+        raise Refused(f"--passes {text!r}: a brace is not closed")
+    return [item for item in [*items, current.strip()] if item]
+
+
+def one(text: str) -> tuple[Pass, ...]:
+    """One item: a pass or a preset with its options."""
+    name, brace, rest = text.partition("{")
+    name = name.strip()
+    options: dict[str, str] = {}
+    if brace:
+        if not rest.endswith("}"):
+            raise Refused(f"--passes: {text!r} has something after its closing brace")
+        for pair in filter(None, (pair.strip() for pair in rest[:-1].split(","))):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise Refused(f"--passes: option {pair!r} of {name} has no value; write {key.strip()}=VALUE")
+            if key.strip() in options:
+                raise Refused(f"--passes: option {key.strip()!r} of {name} is given twice")
+            options[key.strip()] = value.strip()
+    known = [*registry.names("passes"), *registry.names("presets")]
+    if name not in known:
+        if "=" in name and any(name.startswith(k) for k in known):
+            raise Refused(f"--passes: {name!r} looks like a pass whose braces the shell has expanded: quote the list, "
+                          "--passes \"iter_smooth{alpha=0.7, scale_min=1e-4},quarot\"")  # fmt: skip
+        raise Refused(registry.unknown("pass", name, known))
+    if name in registry.names("presets"):
+        preset = registry.get("presets", name)
+        return tuple(build(preset, name, options, [(p.name, p.annotation, p.default) for p in
+                                                   inspect.signature(preset, eval_str=True).parameters.values()]))  # fmt: skip
+    cls = registry.get("passes", name)
+    hints = typing.get_type_hints(cls)
+    return (build(cls, name, options, [(f.name, hints[f.name], f.default) for f in dataclasses.fields(cls)]),)
+
+
+def build(make: Any, name: str, options: dict[str, str], fields: Sequence[tuple[str, Any, Any]]) -> Any:
+    """Call ``make`` with the options converted to the types of its fields; errors name pass, option and value."""
+    kinds = {field: kind for field, kind, _ in fields}
+    values = {}
+    for key, text in options.items():
+        if key not in kinds:
+            raise Refused(registry.unknown(f"option of {name}", key, kinds) if kinds else f"{name} has no options")
+        try:
+            values[key] = convert(text, kinds[key])
+        except ValueError as error:
+            raise Refused(f"{name}{{{key}={text}}}: {error}") from None
+    try:
+        return make(**values)
+    except ValueError as error:
+        raise Refused(f"{name}: {error}") from None
+
+
+def convert(text: str, kind: Any) -> Any:
+    """A value from its spelling: lists are joined by ``+``, booleans are true or false."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if type(None) in inside and text.lower() == "none":
+            return None
+        return convert(text, next(arm for arm in inside if arm is not type(None)))
+    if origin is Literal:
+        if text not in map(str, inside):
+            raise ValueError(f"it is one of {', '.join(map(str, inside))}")
+        return next(value for value in inside if str(value) == text)
+    if origin is tuple:
+        return tuple(convert(item.strip(), inside[0]) for item in text.split("+") if item.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("it is true or false")
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError(f"it is {'a whole number' if kind is int else 'a number'}") from None
+    return text

@@ -1,0 +1,77 @@
+"""modelslim: whatever the ascendv1 layout can say, whether or not a server of today loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ...runtime.linear import IntegerLinear
+from ..safetensors_io import TensorSpec
+from ..scheme import LinearScheme
+from . import ascendv1
+from .served import LinearSite, ModelFacts
+from .target import DiskNames, Layout, Problem, Target
+
+
+@dataclass(frozen=True)
+class ModelSlim(Target):
+    """The layout without the rules of a server: also groups, and int4 weights with float activations."""
+
+    name: ClassVar[str] = "modelslim"
+    summary: ClassVar[str] = "ascendv1 layout, whatever it can say"
+
+    def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
+        """The format of the layout that holds a scheme."""
+        return ascendv1.format_of(scheme, rotated)
+
+    def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
+        """Schemes without a format, and groups that do not divide the width."""
+        found: list[Problem] = []
+        for site in sites:
+            weight = site.scheme.weight
+            if weight is None:
+                continue
+            if weight.group and site.in_features % weight.group:
+                found.append(
+                    Problem(
+                        "group",
+                        site.name,
+                        f"groups of {weight.group} do not divide its {site.in_features} channels",
+                        "take a group size that does, or exclude it",
+                    )
+                )
+            if self.format_of(site.scheme, site.rotated) is None:
+                rotated = " behind an online rotation" if site.rotated else ""
+                found.append(
+                    Problem(
+                        "type",
+                        site.name,
+                        f"the layout has no type for {site.scheme}{rotated}",
+                        "take another scheme"
+                        + (", or exclude it from online_rotation" if site.rotated else ""),
+                    )
+                )
+        return tuple(found)
+
+    def tp_sizes(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[int, ...]:
+        """Only a rotation fixes the number of ranks; for the rest nobody says."""
+        fixed = {site.blocks for site in sites if site.rotated and site.row_parallel}
+        return tuple(sorted(fixed)) if len(fixed) == 1 else ()
+
+    def layout(
+        self,
+        parameters: Mapping[str, TensorSpec],
+        sites: Sequence[LinearSite],
+        model: ModelFacts,
+        names: DiskNames,
+    ) -> Layout:
+        """The tensors of the ascendv1 layout."""
+        return ascendv1.layout(parameters, sites, model.dtype, names, self.format_of)
+
+    def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
+        """The description file."""
+        return {ascendv1.DESCRIPTION: ascendv1.description(layout)}
+
+
+MODELSLIM = ModelSlim()

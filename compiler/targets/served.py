@@ -1,0 +1,181 @@
+"""What a server meets: the linears and facts of a plan's final program as plain data, found by dataflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..edit import Verb
+from ..laws import is_attention
+from ..operand import Kronecker
+from ..roles import read_together, roles_of
+from ..safetensors_io import TensorSpec
+from ..scheme import FLOAT, LinearScheme
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear of the rewritten model, as a server is going to meet it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    scheme: LinearScheme
+    bias: bool = False
+    """Whether it has one in the result."""
+    added_bias: str | None = None
+    """The pass that gives it a bias, where the input model has none."""
+    rotated: bool = False
+    """Whether its input is rotated while the model runs."""
+    split: tuple[int, int] | None = None
+    """Sizes (a, b) of the factors of that rotation; ``in_features`` is a number of blocks of a * b."""
+    reads_with: tuple[str, ...] = ()
+    """Other linears that read the same value, found by dataflow."""
+    row_parallel: bool = False
+    """Whether a tensor-parallel server cuts its input channels and not its outputs."""
+    expert: bool = False
+    """Whether it belongs to one expert of a mixture."""
+    transposed: bool = False
+    """Whether the input checkpoint stores its weight as [in, out]."""
+
+    @property
+    def parent(self) -> str:
+        """The module that holds it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Linears that a server runs as one with it: they read the same value in the same module."""
+        return tuple(name for name in self.reads_with if name.rpartition(".")[0] == self.parent)
+
+    @property
+    def blocks(self) -> int:
+        """How many times the rotation stands side by side along the input: the ranks that share it."""
+        return self.in_features // (self.split[0] * self.split[1]) if self.split else 1
+
+
+@dataclass(frozen=True)
+class NormBias:
+    """A bias that a pass gives to a norm which has none in the input model."""
+
+    norm: str
+    added_by: str
+    offset: float = 0.0
+    """What the norm adds to its weight to get the gain: 1.0 for norms of the ``1 + w`` kind."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of one attention."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What rules need to know of the model besides its linears."""
+
+    dtype: torch.dtype
+    """Of the float tensors in the export."""
+    tp: int = 1
+    """Ranks for which the export is made."""
+    attentions: tuple[Heads, ...] = ()
+    """Each kind once."""
+    norm_biases: tuple[NormBias, ...] = ()
+    float_modules: tuple[str, ...] = ()
+    """Modules with a float weight that are not in the list of linears: embeddings, norms, the head."""
+
+
+def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
+    """The linears of the blocks, in the order of the graph."""
+    program, roles, together = plan.final, roles_of(plan.program), read_together(plan.program)
+    blocks = {part.index for part in program.blocks}
+    sites: list[LinearSite] = []
+    for node in program.graph.nodes:
+        leaf, name = program.leaf(node), str(node.target)
+        if leaf is None or leaf.kind != "linear" or node.meta["part"] not in blocks:
+            continue
+        out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
+        rotation: Kronecker | None = node.meta.get("rotated")
+        added: str | None = node.meta.get("bias_from")
+        sites.append(
+            LinearSite(
+                name,
+                width,
+                out,
+                node.meta.get("scheme", FLOAT),
+                bias="bias" in leaf.parameters or added is not None,
+                added_bias=added,
+                rotated=rotation is not None,
+                split=(rotation.left, rotation.right) if rotation else None,
+                reads_with=tuple(other for other in together.get(name, ()) if other != name),
+                row_parallel=name in roles["row_parallel"],
+                expert=name in roles["expert"],
+                transposed=leaf.transposed,
+            )
+        )
+    return tuple(dict.fromkeys(sites))
+
+
+def facts_of(plan: Plan) -> ModelFacts:
+    """Attentions, added norm biases and float modules of the final program."""
+    program = plan.final
+    linears = {site.name for site in sites_of(plan)}
+    attentions = dict.fromkeys(
+        Heads(q.meta["val"].shape[1], v.meta["val"].shape[1], v.meta["val"].shape[3])
+        for q, v in ((node.args[0], node.args[2]) for node in program.graph.nodes if is_attention(node))
+    )
+    return ModelFacts(
+        plan.dtype,
+        plan.tp,
+        tuple(attentions),
+        tuple(NormBias(norm, by, offset) for norm, (by, offset) in _norm_biases(plan).items()),
+        tuple(
+            name
+            for name, leaf in program.leaves.items()
+            if "weight" in leaf.parameters and name not in linears
+        ),
+    )
+
+
+def parameters_of(plan: Plan) -> dict[str, TensorSpec]:
+    """Float parameters and persistent buffers of the final program as they are exported, in the model's
+    order.
+
+    Those that the model holds in its own dtype get the plan's; a parameter that it keeps in another one (a
+    router's float32 correction) stays as it is stored. Added biases follow their weights; tied parameters are
+    left out.
+    """
+    source, ties = plan.final.source, plan.final.ties
+    held = {name: tensor.dtype for name, tensor in plan.program.root.state_dict().items()}
+    added = {site.name: (site.out_features,) for site in sites_of(plan) if site.added_bias}
+    added |= {norm: source.shape(f"{norm}.weight") for norm in _norm_biases(plan)}
+    result: dict[str, TensorSpec] = {}
+    for name in source.names():
+        if name in ties:
+            continue
+        own = held.get(name, plan.program.dtype) == plan.program.dtype
+        result[name] = TensorSpec(plan.dtype if own else source.dtype(name), source.shape(name))
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in added:
+            result[f"{module}.bias"] = TensorSpec(plan.dtype, added[module])
+    return result
+
+
+def _norm_biases(plan: Plan) -> dict[str, tuple[str, float]]:
+    """Norms that have no bias in the input and get one, with the pass that gives it and the norm's offset."""
+    found: dict[str, tuple[str, float]] = {}
+    for step in plan.steps:
+        for rewrite in step.answer.rewrites:
+            for edit in rewrite.edits:
+                leaf = plan.final.leaves[edit.site.module]
+                if edit.verb is Verb.SHIFT_OUT and leaf.norm is not None and not leaf.norm.bias:
+                    found.setdefault(edit.site.module, (rewrite.pass_name, leaf.norm.offset))
+    return found

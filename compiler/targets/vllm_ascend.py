@@ -1,0 +1,307 @@
+"""vllm-ascend: the rules of the server for Ascend NPUs, checked on the plan.
+
+The rules were read in vllm-ascend 0.23 (quantization/modelslim_config.py, quantization/methods) and in the
+loader of vLLM; what the server would do instead of refusing is in each message, because most of it is silent
+there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...runtime.formats import FORMATS
+from ...runtime.kronecker import split as server_split
+from ...runtime.linear import IntegerLinear
+from ..safetensors_io import TensorSpec
+from ..scheme import LinearScheme
+from . import ascendv1
+from .served import LinearSite, ModelFacts
+from .target import DiskNames, Layout, Problem, Target
+
+SERVED = frozenset({"W8A8", "W8A8_DYNAMIC", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC"})
+"""Types of dense linears that every release from 0.18 on registers."""
+SERVED_EXPERTS = frozenset({"W8A8_DYNAMIC"})
+LONGEST_SIDE = 65_535
+"""Largest side of the operands of ``npu_quant_matmul``."""
+SAFE_FACTOR = 128
+"""Largest side of a Kronecker factor that older releases of CANN take."""
+MOST_RANKS = 64
+
+
+@dataclass(frozen=True)
+class VllmAscend(Target):
+    """The vLLM plugin for Ascend NPUs."""
+
+    name: ClassVar[str] = "vllm-ascend"
+    summary: ClassVar[str] = "ascendv1 layout, only what the server loads"
+
+    def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
+        """The served format of a scheme; there are no groups and no int4 weights with float activations."""
+        found = ascendv1.format_of(scheme, rotated)
+        grouped = scheme.weight is not None and scheme.weight.group > 0
+        return found if found is not None and found.type in SERVED and not grouped else None
+
+    def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
+        """Errors and warnings of every rule, in the order of the sites."""
+        by_name = {site.name: site for site in sites}
+        found = [*_dtype(sites, model), *_norm_biases(model)]
+        for site in sites:
+            found += self._type(site)
+            found += self._fused(site, by_name)
+            found += _sizes(site)
+            found += _rotation(site, model)
+            found += self._bias(site)
+            found += self._prefix(site, sites, model)
+        found += self._experts(sites)
+        found += self._ranks(sites, model)
+        return tuple(found)
+
+    def tp_sizes(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[int, ...]:
+        """Numbers of ranks up to 64 over which heads and channels can be dealt out."""
+        return tuple(n for n in range(1, MOST_RANKS + 1) if _undivided(n, sites, model) is None)
+
+    def layout(
+        self,
+        parameters: Mapping[str, TensorSpec],
+        sites: Sequence[LinearSite],
+        model: ModelFacts,
+        names: DiskNames,
+    ) -> Layout:
+        """The tensors of the ascendv1 layout."""
+        return ascendv1.layout(parameters, sites, model.dtype, names, self.format_of)
+
+    def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
+        """The description file, by which the server recognises the checkpoint."""
+        return {ascendv1.DESCRIPTION: ascendv1.description(layout)}
+
+    # -- rules
+
+    def _label(self, site: LinearSite) -> str:
+        found = self.format_of(site.scheme, site.rotated)
+        return ascendv1.FLOAT_TYPE if found is None else found.type
+
+    def _type(self, site: LinearSite) -> Iterator[Problem]:
+        weight = site.scheme.weight
+        if weight is None:
+            return
+        if site.transposed:
+            yield Problem(
+                "transposed",
+                site.name,
+                "its weight is stored as [in, out], which the server turns when loading, integers included",
+                "exclude it from quantization",
+            )
+        if weight.group:
+            yield Problem(
+                "group",
+                site.name,
+                f"{site.scheme} has a scale per group of {weight.group} channels; the server has one per"
+                " channel",
+                "take a scheme per channel, or --target modelslim",
+            )
+        elif self.format_of(site.scheme, site.rotated) is None:
+            yield self._no_format(site)
+        elif site.expert and self._label(site) not in SERVED_EXPERTS:
+            yield Problem(
+                "expert",
+                site.name,
+                f"experts are served as {', '.join(sorted(SERVED_EXPERTS))}, not as {self._label(site)}",
+                "give experts the scheme w8a8",
+            )
+
+    def _no_format(self, site: LinearSite) -> Problem:
+        if site.rotated and self.format_of(site.scheme, False) is not None:
+            return Problem(
+                "rotation",
+                site.name,
+                f"an online rotation is served before int4 linears only, and this one is {site.scheme}",
+                "give it the scheme w4a4, or exclude it from online_rotation",
+            )
+        known = ascendv1.format_of(site.scheme, site.rotated)
+        named = f" (type {known.type})" if known else ""
+        return Problem(
+            "type",
+            site.name,
+            f"the server has no linear for {site.scheme}{named}: it has {', '.join(sorted(SERVED))}",
+            "take one of w8a8, w8a8-static, w8a16, w4a4" + (", or --target modelslim" if known else ""),
+        )
+
+    def _fused(self, site: LinearSite, by_name: Mapping[str, LinearSite]) -> Iterator[Problem]:
+        """Shards of one fused linear have one type. Reported once, at the first of them."""
+        others = [by_name[name] for name in site.fused if name in by_name]
+        first = next(name for name in by_name if name == site.name or name in site.fused)
+        types = {self._label(other) for other in (site, *others)}
+        if len(types) > 1 and first == site.name and not site.expert:
+            listed = ", ".join(f"{s.name.rpartition('.')[2]} is {self._label(s)}" for s in (site, *others))
+            yield Problem(
+                "fused",
+                site.name,
+                f"the server runs it as one linear with those beside it, but {listed}",
+                "give all of them one scheme",
+            )
+
+    def _bias(self, site: LinearSite) -> Iterator[Problem]:
+        """A bias that the model does not have is skipped by the loader without a word."""
+        found = self.format_of(site.scheme, site.rotated)
+        static = found is not None and found.static
+        if site.added_bias and not static:
+            yield Problem(
+                "bias",
+                site.name,
+                f"{site.added_bias} gives it a bias, for which the served model has no place (it would be"
+                " skipped)",
+                f"make {site.added_bias} symmetric, or take w8a8-static here, which stores it in quant_bias",
+            )
+        if site.bias and not site.added_bias and found is FORMATS["W8A16"]:
+            yield Problem(
+                "bias",
+                site.name,
+                "the op of W8A16 is documented for a float32 bias with bfloat16; the server passes it in"
+                " bfloat16",
+                "prefer w8a8 here",
+                "warning",
+            )
+
+    def _prefix(self, site: LinearSite, sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
+        """The server takes a linear for float if any float weight's name begins with its name."""
+        if self._label(site) == ascendv1.FLOAT_TYPE or any(s.name in site.fused for s in sites):
+            return
+        floats = [s.name for s in sites if self._label(s) == ascendv1.FLOAT_TYPE]
+        for other in (*floats, *model.float_modules):
+            if other.startswith(site.name):
+                yield Problem(
+                    "prefix",
+                    site.name,
+                    f"{other} is float and its name begins with this one: the server would take both for"
+                    " float",
+                    "keep this one float too, or quantize both",
+                )
+
+    def _experts(self, sites: Sequence[LinearSite]) -> Iterator[Problem]:
+        """The server looks at expert 0 alone: all projections of all experts of a layer share a type."""
+        groups: dict[str, dict[str, str]] = {}
+        for site in sites:
+            match = re.fullmatch(r"(.*)\.\d+\.[^.]+", site.name) if site.expert else None
+            if match:
+                groups.setdefault(match[1], {}).setdefault(self._label(site), site.name)
+        for block, types in groups.items():
+            if len(types) > 1:
+                listed = ", ".join(f"{name} is {label}" for label, name in types.items())
+                yield Problem(
+                    "experts",
+                    block,
+                    f"experts of one layer have one type, but {listed}",
+                    "give all experts of a layer one scheme",
+                )
+
+    def _ranks(self, sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
+        why = _undivided(model.tp, sites, model)
+        if why is not None:
+            sizes = ", ".join(map(str, self.tp_sizes(sites, model))) or "none"
+            yield Problem(
+                "tp", why[0], f"it does not divide over --tp {model.tp}: {why[1]}", f"sizes that do: {sizes}"
+            )
+
+
+def _dtype(sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        yield Problem("dtype", "model", f"the server does not run {model.dtype}", "export in bfloat16")
+    elif model.dtype is torch.float16 and any(s.scheme.act is not None for s in sites):
+        yield Problem(
+            "dtype",
+            "model",
+            "integer linears in a float16 model pass float16 scales, which the op's documentation does not"
+            " list",
+            "prefer --dtype bfloat16",
+            "warning",
+        )
+
+
+def _norm_biases(model: ModelFacts) -> Iterator[Problem]:
+    """Every RMS norm gets a bias as soon as one key of the description contains ``norm.bias``."""
+    for item in model.norm_biases:
+        if item.offset:
+            message = "norms of the 1 + w kind have no bias on the server (it would be skipped)"
+        elif not item.norm.endswith("norm"):
+            message = f"the server looks for keys with 'norm.bias', and '{item.norm}.bias' has none"
+        else:
+            continue
+        told = f"{item.added_by} gives it a bias; {message}"
+        yield Problem("norm-bias", item.norm, told, f"make {item.added_by} symmetric")
+
+
+def _sizes(site: LinearSite) -> Iterator[Problem]:
+    weight = site.scheme.weight
+    if weight is None:
+        return
+    longest = max(site.in_features, site.out_features)
+    if longest > LONGEST_SIDE:
+        yield Problem(
+            "size", site.name, f"{longest} channels; the op takes at most {LONGEST_SIDE}", "keep it float"
+        )
+    if weight.bits == 4 and site.scheme.act is not None and (site.in_features % 8 or site.out_features % 8):
+        yield Problem(
+            "size",
+            site.name,
+            f"int4 goes in packs of 8 channels, and it has {site.in_features} in and {site.out_features} out",
+            "give it 8 bits, or keep it float",
+        )
+
+
+def _rotation(site: LinearSite, model: ModelFacts) -> Iterator[Problem]:
+    """The server splits the width of a rank by itself; the factors must have those sizes."""
+    if not site.rotated:
+        return
+    ranks = model.tp if site.row_parallel else 1
+    width = site.in_features // ranks
+    try:
+        wanted = server_split(width)
+    except ValueError as error:
+        yield Problem("split", site.name, str(error), "exclude it from online_rotation")
+        return
+    if site.split != wanted or site.blocks != ranks:
+        yield Problem(
+            "split",
+            site.name,
+            f"its rotation is {site.blocks} x {site.split}, the server splits {width} channels of each of"
+            f" {ranks} ranks into {wanted}",
+            "let online_rotation choose the split, for the same --tp",
+        )
+    elif max(wanted) > SAFE_FACTOR:
+        yield Problem(
+            "split",
+            site.name,
+            f"its factors are {wanted}; CANN before 8.5 takes at most {SAFE_FACTOR}",
+            "serve it on CANN 8.5 or newer",
+            "warning",
+        )
+
+
+def _undivided(ranks: int, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[str, str] | None:
+    """The first thing that cannot be dealt out over so many ranks, and why."""
+    for kind in model.attentions:
+        if kind.heads % ranks:
+            return "attention", f"it has {kind.heads} heads"
+        if kind.kv_heads % ranks and ranks % kind.kv_heads:
+            return "attention", f"it has {kind.kv_heads} key heads"
+    per_key_head = {kind.kv_heads * kind.head_dim for kind in model.attentions}
+    for site in sites:
+        if site.rotated and site.row_parallel and ranks != site.blocks:
+            return site.name, f"its rotation was made for {site.blocks} ranks"
+        cut = site.in_features if site.row_parallel else site.out_features
+        replicated = not site.row_parallel and cut in per_key_head
+        if cut % ranks and not replicated:
+            return site.name, f"{cut} channels"
+        weight = site.scheme.weight
+        packed = 8 if weight is not None and weight.bits == 4 and site.scheme.act is not None else 1
+        if weight is not None and site.row_parallel and (cut // ranks) % max(packed, weight.group or 1):
+            return site.name, f"{cut // ranks} channels per rank"
+    return None
+
+
+VLLM_ASCEND = VllmAscend()

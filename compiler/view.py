@@ -1,0 +1,56 @@
+"""BlockView: what a pass sees of one block while its unknowns are solved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..runtime.quantized import QuantizedLinear
+from .operand import Statistic
+
+LinearHook = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""``hook(name, x [..., in], weight [out, in], bias [out] or None) -> y [..., out]`` in the place of a linear."""
+
+
+@dataclass
+class BlockView:
+    """Weights, statistics and (for training) inputs and targets of one block, in the state that a pass sees."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    """Float32, by qualified name."""
+    statistics: Mapping[Statistic, Tensor]
+    export_dtype: torch.dtype
+    seed: int
+    quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
+    """Linears that an earlier pass quantized."""
+    batches: int = 0
+    """Number of microbatches for ``forward`` and ``target``."""
+    forward: Callable[[LinearHook, int], Tensor] | None = None
+    """Run the block on microbatch i of its training inputs, with every linear replaced by the hook."""
+    target: Callable[[int], Tensor] | None = None
+    """What the float block computes for microbatch i, [batch, seq, hidden]."""
+    report: Callable[[str], None] = lambda text: None
+    """Progress inside a long solve, one line."""
+
+    def weight(self, module: str) -> Tensor:
+        """Weight of a linear [out, in] or norm [channels], float32."""
+        return self.tensors[f"{module}.weight"]
+
+    def bias(self, module: str) -> Tensor | None:
+        """Bias [out] float32, or None."""
+        return self.tensors.get(f"{module}.bias")
+
+    def statistic(self, statistic: Statistic) -> Tensor:
+        """What was observed, float32: ``absmax`` [in], ``range`` [2, in]."""
+        return self.statistics[statistic]
+
+    def generator(self, site: str) -> torch.Generator:
+        """Random numbers that depend on (seed, site) alone, not on the order of work."""
+        digest = torch.tensor([ord(c) for c in site], dtype=torch.int64)
+        weights = torch.arange(1, len(site) + 1, dtype=torch.int64)
+        mixed = int((digest * weights * 2654435761).sum()) & 0x7FFFFFFF
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + mixed)

@@ -1,0 +1,52 @@
+"""Norm fusion: the gain of a norm moves into the linears that read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.contract import EXACT, Answer, Fact, Pass, Rewrite, Setting
+from ..compiler.edit import Edit, Verb
+from ..compiler.operand import Gain
+from ..compiler.program import Program
+from ..patterns.norm_linear import norm_linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseNorms(Pass):
+    """Fuse norm gains into the linears that read them.
+
+    **Why.** A rotation of the residual stream passes through an RMS norm only when its gain is one.
+
+    **Before / after.** ``W (g * n(x))`` becomes ``(W diag(g)) n(x)``, with g then one.
+
+    **Source.** SliceGPT (arXiv 2401.15024) section 3.2, QuaRot (arXiv 2404.00456) section 4.
+    """
+
+    name = "fuse_norms"
+    summary = "fuse norm gains into the linears that read them, so that rotations pass the norms"
+    patterns = (norm_linear,)
+    requires = frozenset()
+    provides = frozenset({Fact.NORMS_FUSED})
+    breaks = frozenset()
+    before = {}
+    after = {}
+    claim = EXACT
+
+    def rewrite(self, program: Program, setting: Setting) -> Answer:
+        """One rewrite per norm that nothing but linears reads."""
+        rewrites = []
+        for match in norm_linear.find(program):
+            facts = program.leaves[match.norm.module].norm
+            assert facts is not None
+            gain = Gain(match.norm.module, facts.offset)
+            edits = [Edit(Verb.SCALE_IN, reader, gain) for reader in match.readers]
+            rewrites.append(
+                Rewrite(self.name, "norm_linear", match.norm.module, (*edits, Edit(Verb.SET_UNIT, match.norm)), EXACT)
+            )
+        if not rewrites:
+            miss = norm_linear.nearest(program)
+            found = f"the nearest, {miss.at}: {miss.reason}" if miss else "it has no norm with a gain"
+            return Answer((), problems=(f"no norm of this model is read by linears alone; {found}",))
+        return Answer(tuple(rewrites))
+
+

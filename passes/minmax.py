@@ -1,0 +1,54 @@
+"""Minimum-maximum ranges: the plainest way to a scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compiler.errors import Failed
+from ..compiler.scheme import LinearScheme
+from ..compiler.view import BlockView
+from ..runtime.formats import format_of
+from ..runtime.quantize import quantize, round_scale, scale_for, scale_offset_for
+from ..runtime.quantized import QuantizedLinear
+
+
+def minmax_weight(
+    view: BlockView, name: str, scheme: LinearScheme, *,
+    input_scale: Tensor | None = None, input_offset: Tensor | None = None,
+) -> QuantizedLinear:  # fmt: skip
+    """Round a weight to nearest: ``scale = max|W| / qmax`` per row or group, rounded to the server's dtype."""
+    weight = view.weight(name)
+    scale = weight_scale(weight, scheme, scale_dtype(view, name, scheme))
+    assert scheme.weight is not None
+    return QuantizedLinear(
+        weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
+        input_scale=input_scale, input_offset=input_offset,
+        left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
+    )  # fmt: skip
+
+
+def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype:
+    """The dtype in which the server holds the weight scales of a linear."""
+    assert scheme.weight is not None
+    rotated = f"{name}.left_trans" in view.tensors
+    act_bits = scheme.act.bits if scheme.act else None
+    return format_of(scheme.weight.bits, act_bits, scheme.static, rotated).scale_dtype(view.export_dtype)
+
+
+def weight_scale(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype) -> Tensor:
+    """Symmetric scales [out, 1] or [out, groups] of a weight [out, in], float32 values of ``dtype``."""
+    assert scheme.weight is not None
+    group = scheme.weight.group or weight.shape[1]
+    absmax = weight.view(weight.shape[0], -1, group).abs().amax(-1)
+    return round_scale(scale_for(absmax, scheme.weight.bits), dtype)
+
+
+def input_range(observed: Tensor, scheme: LinearScheme, export_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale [1] and offset [1] of a static activation from its observed range [2, in]."""
+    assert scheme.act is not None
+    low, high = observed[0].min(), observed[1].max()
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        raise Failed("a static activation range is not finite: calibration data were not seen by this linear")
+    scale, offset = scale_offset_for(low[None], high[None], scheme.act.bits, export_dtype)
+    return scale, offset

@@ -1,0 +1,81 @@
+"""Rotation of the residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.contract import EXACT, Answer, Basis, Fact, Pass, Rewrite, Setting
+from ..compiler.edit import Edit, Verb
+from ..compiler.operand import Hadamard
+from ..compiler.pattern import Site
+from ..compiler.program import Program
+from ..patterns.residual import residual
+from ..runtime.hadamard import has_hadamard
+from .sites import width_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotateResidual(Pass):
+    """Rotate the hidden state by a random Hadamard matrix, absorbed by all that write and read it.
+
+    **Why.** Outlier channels of the hidden state are spread over all channels, so that few bits suffice.
+
+    **Before / after.** Writers W become ``Qᵀ W``, readers ``W Q``, the embedding ``E Q``. Norms with unit gain
+    do not notice.
+
+    **Source.** QuaRot (arXiv 2404.00456) section 4, stage 1a; random signs as in QuIP# (arXiv 2402.04396).
+    """
+
+    name = "rotate_residual"
+    summary = "rotate the residual stream by a random Hadamard matrix, so that outlier channels are spread"
+    patterns = (residual,)
+    requires = frozenset({Fact.NORMS_FUSED})
+    provides = frozenset({Fact.RESIDUAL_ROTATED})
+    breaks = frozenset()
+    before = {}
+    after = {}
+    claim = EXACT
+
+    block_size: int = -1
+    """Order of the diagonal blocks: -1 for one matrix over all channels, else a power of 2 that divides."""
+
+    def __post_init__(self) -> None:
+        check_block_size(self.block_size)
+
+    def rewrite(self, program: Program, setting: Setting) -> Answer:
+        """One rewrite over the whole model, split into its parts when it is solved."""
+        matches = residual.find(program)
+        if not matches:
+            miss = residual.nearest(program)
+            where = f"{miss.at}: {miss.reason}" if miss else "the model has no embedding"
+            return Answer((), problems=(f"the residual stream can not be rotated. {where}",))
+        space = matches[0].space
+        width = width_in(program, str(space.readers[0].target))
+        rotation, problem = hadamard_of(width, self.block_size, 1, setting.seed)
+        if rotation is None:
+            return Answer((), problems=(f"the residual stream: {problem}",))
+        writers = [Edit(Verb.ROTATE_OUT, Site(str(node.target)), rotation) for node in space.writers]
+        readers = [Edit(Verb.ROTATE_IN, Site(str(node.target)), rotation) for node in space.readers]
+        basis = Basis(rotation, frozenset(node.name for node in space.values))
+        rewrite = Rewrite(self.name, "residual", "residual stream", (*writers, *readers), EXACT, basis)
+        note = f"{len(writers)} writers, {len(readers)} readers, {rotation}"
+        return Answer((rewrite,), notes=(note,))
+
+
+def check_block_size(block_size: int) -> None:
+    """Refuse a block size that is neither -1 nor a positive power of two."""
+    if block_size != -1 and (block_size < 2 or block_size & (block_size - 1)):
+        raise ValueError(f"block_size={block_size}: it must be -1 or a power of 2")
+
+
+def hadamard_of(width: int, block_size: int, copies: int, seed: int) -> tuple[Hadamard | None, str]:
+    """``copies`` rotations of ``width`` channels, or None and the reason why there is none."""
+    order = width if block_size == -1 else block_size
+    if width % order:
+        return None, f"block_size={order} does not divide its width {width}"
+    if not has_hadamard(order):
+        return None, (
+            f"no Hadamard matrix of order {order} is known here (orders are 1, 2 and multiples of 4): "
+            f"choose a block_size, a power of 2 that divides {width}"
+        )
+    return Hadamard(order, seed, copies * (width // order)), ""

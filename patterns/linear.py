@@ -1,0 +1,20 @@
+"""Every linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.pattern import Site, Sketch, pattern
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear, whole."""
+
+    linear: Site
+
+
+@pattern
+def linear(p: Sketch) -> Linear:
+    """Any linear."""
+    return Linear(linear=p.whole_linear())  # type: ignore[arg-type]

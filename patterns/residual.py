@@ -1,0 +1,22 @@
+"""The residual stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..compiler.flow import Space
+from ..compiler.pattern import ROTATION, Sketch, pattern
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Everything that writes to or reads from the hidden state, closed under the laws of a rotation."""
+
+    space: Space
+
+
+@pattern
+def residual(p: Sketch) -> Residual:
+    """What an embedding writes, closed: all writers and readers of channels that are rotated together."""
+    embedding = p.embedding()
+    return Residual(space=p.space(embedding, ROTATION))  # type: ignore[arg-type]

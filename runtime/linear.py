@@ -1,0 +1,152 @@
+"""IntegerLinear: what the quantized linears share, a weight of integers and the tensors that go with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .int_matmul import int_matmul
+from .quantize import dequantize
+from .quantized import QuantizedLinear
+
+
+class IntegerLinear(nn.Module, ABC):
+    """A linear whose ``state_dict`` is exactly its tensors in an ascendv1 checkpoint: names, dtypes, shapes.
+
+    A subclass says in ``tensors`` what it stores; buffers of that kind are allocated (they may live on meta)
+    and filled by ``load_state_dict``. ``forward`` is the NPU op's arithmetic: exact integer sums, float32
+    scales, one rounding to the input's dtype. Inputs are float of [..., in_features].
+    """
+
+    type: ClassVar[str]  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The ascendv1 type string."""
+    weight_bits: ClassVar[int]
+    act_bits: ClassVar[int | None]
+    """None where activations stay float."""
+    static: ClassVar[bool] = False
+    """Whether the activation's scale is stored."""
+    rotated: ClassVar[bool] = False
+    """Whether an online rotation comes before the activation is quantized."""
+    grouped: ClassVar[bool] = True
+    """Whether the weight's scales may be per group of input channels."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        group_size: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if group_size and (not self.grouped or in_features % group_size):
+            why = (
+                f"does not divide {in_features} channels"
+                if self.grouped
+                else "is not possible: one per channel"
+            )
+            raise ValueError(f"{self.type}: a weight scale per group of {group_size} {why}")
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype, self.group_size = dtype, group_size
+        self.register_buffer("bias", None)
+        for name, (kind, shape) in self.tensors(bias).items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name to (dtype, shape) of everything stored; the bias, when present, is in the model's dtype."""
+        groups = self.in_features // self.group_size if self.group_size else 1
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "weight": (torch.int8, (self.out_features, self.in_features)),
+            "weight_scale": (torch.float32, (self.out_features, groups)),
+            "weight_offset": (torch.float32, (self.out_features, groups)),
+        }
+        if bias:
+            stored["bias"] = (self.dtype, (self.out_features,))
+        return stored
+
+    @classmethod
+    def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the server holds the weight's scale, for a model of ``dtype``."""
+        return dtype
+
+    @classmethod
+    def pack(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors on disk of one linear of a model of ``dtype``.
+
+        ValueError where the integers or scales cannot be stored without changing them, or where ``q`` carries
+        what this format has no place for.
+        """
+        cls._check(q, dtype)
+        packed = {
+            "weight": q.weight.contiguous(),
+            "weight_scale": q.scale.to(torch.float32).contiguous(),
+            "weight_offset": torch.zeros_like(q.scale, dtype=torch.float32),
+        }
+        if q.bias is not None:
+            packed["bias"] = q.bias.to(dtype)
+        return packed
+
+    @classmethod
+    def _check(cls, q: QuantizedLinear, dtype: torch.dtype) -> None:
+        out, width = q.weight.shape
+        top = 2 ** (cls.weight_bits - 1)
+        groups = q.scale.shape[-1]
+        held = q.scale.to(cls.scale_dtype(dtype)).to(q.scale.dtype)
+        problems = {
+            "the weight must be int8": q.weight.dtype != torch.int8,
+            f"integers lie outside -{top}..{top - 1}": int(q.weight.min()) < -top
+            or int(q.weight.max()) >= top,
+            f"the scale must be [{out}, groups]": q.scale.dim() != 2 or q.scale.shape[0] != out,
+            f"{groups} scales per channel do not fit": groups > 1 and (not cls.grouped or width % groups > 0),
+            "scales must be finite and above zero": not bool((q.scale.isfinite() & (q.scale > 0)).all()),
+            f"round the scales to {cls.scale_dtype(dtype)} before computing integers": not held.equal(
+                q.scale
+            ),
+            "an input scale and offset are needed": cls.static
+            and (q.input_scale is None or q.input_offset is None),
+            "there is no place for an input scale": not cls.static and q.input_scale is not None,
+            "a left and a right factor are needed": cls.rotated and (q.left is None or q.right is None),
+            "there is no place for an online rotation": not cls.rotated
+            and (q.left is not None or q.right is not None),
+            "there is no place for a clip ratio": not cls.rotated and q.clip != 1.0,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"cannot pack a {out} x {width} linear as {cls.type}: {problem}")
+
+    @abstractmethod
+    def rows(self, x: Tensor) -> Tensor:
+        """The linear without its bias, of [rows, in_features] to float [rows, out_features]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features] in the dtype of x."""
+        y = self.rows(x.reshape(-1, self.in_features))
+        if self.bias is not None:
+            y = y + self.bias.to(y.dtype)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def scale(self) -> Tensor:
+        """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
+        return self.get_buffer("weight_scale").to(self.scale_dtype(self.dtype)).to(torch.float32)
+
+    def product(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out]."""
+        if self.group_size:
+            y = integers.to(torch.float32) @ dequantize(self.weight, self.scale).t()
+        else:
+            y = int_matmul(integers, self.weight).to(torch.float32) * self.scale.t()
+        return y * scale
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        group = f", group_size={self.group_size}" if self.group_size else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{group}, type={self.type}"

@@ -1,0 +1,33 @@
+"""QuantizedLinear: what a quantizing pass finds out about one linear, before any format is chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """Integers and scales of one linear; ``pack`` of a format turns it into tensors on disk.
+
+    The integers must have been computed from scales that are representable in the dtype in which the server
+    holds them (``scale_dtype`` of the format), otherwise packing refuses.
+    """
+
+    weight: Tensor
+    """int8 [out, in]; a 4-bit format uses -8..7."""
+    scale: Tensor
+    """float32 [out, 1], or [out, groups] along the input channels; symmetric."""
+    bias: Tensor | None = None
+    """Float [out]."""
+    input_scale: Tensor | None = None
+    """float32 [1], for a static activation."""
+    input_offset: Tensor | None = None
+    """[1], integral within int8, signed domain: x is about (q - offset) * input_scale."""
+    left: Tensor | None = None
+    """[a, a], the left factor of an online rotation, already folded into the weight."""
+    right: Tensor | None = None
+    """[b, b], the right factor."""
+    clip: float = 1.0
+    """Ratio in (0, 1] by which the per-token scale of the activation is cut."""
