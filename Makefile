@@ -31,9 +31,9 @@ demo: $(STAMP)  ## compile a real model (SmolLM2-135M) to W4A4/W8A8, measure it,
 	echo "== compiling $$model to $(DEMO)"; \
 	$(BIN)/qc compile "$$model" --passes '$(DEMO_PASSES)' --scheme auto --samples 8 --length 256 --out $(DEMO) --force; \
 	echo "== measuring"; \
-	$(BIN)/qc eval $(DEMO) --reference "$$model" --text benchmarks/evaluation.txt; \
+	$(BIN)/qc eval $(DEMO) --reference "$$model" --text benchmarks/evaluation.txt --length 256; \
 	echo "== the quantized model speaks"; \
-	$(BIN)/qc generate $(DEMO) "The capital of France is"; \
+	$(BIN)/qc generate $(DEMO) "What is the capital of France?"; \
 	echo "== done: the checkpoint and its report are in $(DEMO); the plan, every rewrite and its proof beside the weights"
 
 test: lint  ## everything that must pass before a change is merged (what .ci/run runs)

@@ -13,7 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .blocks import skips, split
 from .canon import canonical
 from .capture_attention import NAME, Uncarried, register
-from .capture_model import Subject, constants, subject, ties, weight_dtype
+from .capture_model import Subject, constants, subject, ties
+from .certify import certified
 from .errors import Refused
 from .export_module import export_graph
 from .fold import fold
@@ -89,9 +90,7 @@ def capture(
     what = subject(model, config=config, trust_remote_code=trust_remote_code)
     program = capture_subject(what, example=example, source=source)
     if certify:
-        from .certify import certified
-
-        program = certified(program, what, example)
+        program = certified(program, what, example, lambda w: capture_subject(w, example=example))
     return program
 
 
@@ -199,6 +198,3 @@ def _check_open(exported: fx.GraphModule) -> None:
     for axis, size in zip(("batch size", "length"), ids.meta["val"].shape, strict=True):
         if isinstance(size, int):
             raise Refused(f"the model's code is specialised to one {axis} ({size}) when it is traced.")
-
-
-__all__ = ["capture", "capture_subject", "weight_dtype"]

@@ -166,6 +166,8 @@ def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Ten
         module, _, leaf = name.rpartition(".")
         if module in layout.prefixes:
             writer.write(f"{layout.prefixes[module]}.{leaf}", tensor)
+        elif isinstance(source, Checkpoint) and name in planned.program.ties:
+            writer.write(source.disk_name(name), tensor)  # untied: it has no place of its own in the input
         elif isinstance(source, Checkpoint):
             for disk, piece in source.to_disk({name: tensor}).items():
                 writer.write(disk, piece)

@@ -76,7 +76,8 @@ def evaluate(
 ) -> Evaluation:
     """Compare the model in ``path`` with the one in ``reference`` on a text.
 
-    Both are loaded from their files; log-probabilities are taken in float32. The text is tokenized once by the reference's tokenizer and cut; the first ``windows`` pieces are used.
+    Both are loaded from their files; log-probabilities are taken in float32. The text is tokenized once by
+    the reference's tokenizer and cut; the first ``windows`` pieces are used.
 
     Args:
         path: A directory that ``load`` takes, quantized or not.
@@ -164,7 +165,7 @@ def undo_separators(text: str) -> str:
 
 
 def format(evaluation: Evaluation) -> str:
-    """The evaluation as a small table, with a sentence where the difference is too small to mean something."""
+    """The evaluation as a small table; a sentence says when the difference means nothing."""
     e = evaluation
     rows = [
         (f"{e.windows} windows of {e.length} tokens", "quantized", "reference"),

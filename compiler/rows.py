@@ -37,9 +37,9 @@ class RowwiseTensor:
         self.pending: list[tuple[list[Edit], Mapping[Slot, Any], Mapping[str, Tensor]]] = []
         self.sample = torch.arange(min(len(full), CHUNK))
 
-    def sampled(self) -> Tensor:
-        """The rows that proofs look at, float32; set by the prover, which also edits its own copy."""
-        return self.full[self.sample].float()
+    def sampled(self, program: Program) -> Tensor:
+        """The rows that proofs look at (the prover chooses them), with all edits so far, float32."""
+        return self.rows(program, self.sample).float()
 
     def edit(self, edits: list[Edit], values: Mapping[Slot, Any], before: Mapping[str, Tensor]) -> None:
         """Note edits for later; ``before`` is the state they read."""

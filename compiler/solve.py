@@ -151,7 +151,7 @@ class _PartSolver:
         """Float32 tensors, large tables reduced to the rows that proofs look at."""
         if not self.rowwise:
             return self.tensors
-        return {**self.tensors, **{name: rows.sampled() for name, rows in self.rowwise.items()}}
+        return {**self.tensors, **{name: rows.sampled(self.plan.program) for name, rows in self.rowwise.items()}}
 
     def _view(self, work: Work) -> BlockView:
         statistics: dict[Statistic, Tensor] = {}
@@ -225,14 +225,15 @@ class _PartSolver:
 
     def _write(self) -> None:
         dtype = self.plan.dtype
-        formats = self.plan.formats
+        formats, ties = self.plan.formats, self.plan.final.ties
         for name, rows in self.rowwise.items():
-            self.solver.sink(name, rows.finished(self.plan.program, dtype))
+            if name not in ties:
+                self.solver.sink(name, rows.finished(self.plan.program, dtype))
         for module, q in self.quantized.items():
             for local, tensor in formats[module].pack(q, dtype).items():
                 self.solver.sink(f"{module}.{local}", tensor)
         for name, tensor in self.tensors.items():
-            if name.rpartition(".")[0] not in self.quantized:
+            if name not in ties and name.rpartition(".")[0] not in self.quantized:
                 self.solver.sink(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
     def _advance(self) -> None:

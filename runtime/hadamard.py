@@ -85,7 +85,7 @@ def random_hadamard(n: int, seed: int, *, block_size: int = -1) -> Tensor:
     order = n if block_size == -1 else block_size
     if order < 1 or n % order:
         raise ValueError(f"block_size {block_size} does not divide the width {n}: choose a divisor, or -1")
-    block = random_signs(order, seed).unsqueeze(1) * hadamard(order).T / order**0.5
+    block = random_signs(order, seed).unsqueeze(1) * hadamard(order).T.contiguous() / order**0.5
     return block if order == n else torch.kron(torch.eye(n // order, dtype=block.dtype), block)
 
 

@@ -26,11 +26,12 @@ def int_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` of int8 [rows, K] and int8 [out, K] as int32 [rows, out], every bit exact.
 
     K is at most 131,071, where 32 bits still hold K * 128 * 128. Float32 products of slices of 1,024 channels
-    (each below 2^24) stand in where the machine has no exact integer kernel.
+    (each below 2^24) stand in where the machine has no exact integer kernel, and for a single channel, where
+    the kernel of torch 2.13 misreads the strides.
     """
     if x.shape[-1] >= 2**17:
         raise ValueError(f"{x.shape[-1]} input channels may overflow 32 bits: the limit is {2**17 - 1}")
-    if x.device.type == "cpu" and x.shape[0] and _int_mm_is_exact():
+    if x.device.type == "cpu" and x.shape[0] and x.shape[1] > 1 and _int_mm_is_exact():
         return torch.ops.aten._int_mm(x, weight.t())
     width = EXACT_FLOAT32 // (128 * 128)
     total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)

@@ -64,6 +64,7 @@ def fold(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
     where rounding took their orthogonality (a bfloat16 Hadamard factor has a gain of up to 1.0024).
     ValueError for a factor that cannot be inverted.
     """
+    blocks(weight.shape[-1], left, right)
     inverses = []
     for name, factor in (("left", left), ("right", right)):
         inverse, singular = torch.linalg.inv_ex(factor.to(torch.float64))

@@ -17,6 +17,7 @@ _ROWS: Mapping[int, tuple[int, int, int, int]] = MappingProxyType(
     {
         23: (0x2F0, 0x31A, 0x29F, 0x48A),
         29: (0x6E5, 0x24F5, 0x1CB, 0x1C24),
+        39: (0x159F9, 0x7D346, 0x2BC37, 0x3C977),
     }
 )
 

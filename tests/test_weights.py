@@ -1,4 +1,4 @@
-"""Weights come from disk by parameter name and go back under the names of the files; bad files are refused."""
+"""Weights come from disk by parameter name and go back under the names on disk; bad files are refused."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_llama(path: Path) -> Checkpoint:
     return Checkpoint(path, on_meta(DENSE["llama"]()))
 
 
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -256,7 +256,7 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["../x.safetensors", "/etc/x.safetensors", "sub/../../x.safetensors"])
 def test_an_index_that_points_outside(where: str, damaged: Path) -> None:
-    index = {"weight_map": {name: where for name in read_header(damaged / "model.safetensors")}}
+    index = {"weight_map": dict.fromkeys(read_header(damaged / "model.safetensors"), where)}
     (damaged / "model.safetensors").rename(damaged.parent / "x.safetensors")
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(Refused, match=r"index\.json: .* points outside the checkpoint directory"):
@@ -267,7 +267,7 @@ def test_a_link_that_leads_outside(damaged: Path, tmp_path_factory: pytest.TempP
     outside = tmp_path_factory.mktemp("outside") / "model.safetensors"
     (damaged / "model.safetensors").rename(outside)
     (damaged / "model.safetensors").symlink_to(outside)
-    with pytest.raises(Refused, match="is a link to .*outside the checkpoint directory"):
+    with pytest.raises(Refused, match=r"is a link to .*outside the checkpoint directory"):
         open_llama(damaged)
 
 
@@ -338,7 +338,7 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
     config = FAMILIES["qwen3_moe"]()
     saved(config, tmp_path)
     name = next(n for n in read_header(tmp_path / "model.safetensors") if "experts.1.gate_proj" in n)
-    rewrite(tmp_path, lambda tensors: tensors.pop(name) and None)
+    rewrite(tmp_path, lambda tensors: tensors.pop(name))
     with pytest.raises(Refused, match=r"experts\.gate_up_proj"):
         Checkpoint(tmp_path, on_meta(config))
 

@@ -10,11 +10,11 @@ from ..program import Part, Program
 from .rows import Sizes, names_of, outside, rows
 
 
-def text(program: Program, *, layer: int | None = None) -> str:
+def text(program: Program, *, layer: int | None = None, part: Part | None = None) -> str:
     """The program as text: prologue, blocks, epilogue, ties and notes. No ids, no times, no paths.
 
     Consecutive blocks whose lines are the same are printed once, with a table that says which value feeds which
-    input in which layer. ``layer`` prints that block alone.
+    input in which layer. ``layer`` prints that block alone, ``part`` any part alone.
 
     Raises:
         IndexError: There is no block ``layer``.
@@ -25,6 +25,7 @@ def text(program: Program, *, layer: int | None = None) -> str:
         if not 0 <= layer < len(blocks):
             raise IndexError(f"layer {layer} of a model with layers 0..{len(blocks) - 1}")
         part = blocks[layer]
+    if part is not None:
         return "\n".join([part.name, *_bindings(program, [part], sizes), *_lines(program, part, sizes)]) + "\n"
     out: list[str] = []
     for group in _groups(program, sizes):

@@ -1,0 +1,174 @@
+"""A capture certifies itself: on a twin, the graph against the model, and the model's attention against its own."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .capture_attention import NAME
+from .capture_model import Subject, weight_dtype
+from .errors import NotEquivalent, Refused
+from .execute import parameters_of, run
+from .program import Program
+from .source import InMemory
+from .twin import Shrunk, outline, random_like, random_model, shrunk_configs
+
+SHAPE = (3, 21)
+"""Batch and length on which a twin runs: longer than the twin's windows, odd, with left padding in one row."""
+PADDED = 6
+OWN_ATTENTION = 1e-6
+"""Largest relative error, in float64, between the model with ``qc::attention`` and with its own attention."""
+HEAVY = 2**30
+"""Bytes of random weights above which a twin's size is announced."""
+
+Capturer = Callable[..., Program]
+
+
+def certified(program: Program, what: Subject, example: Mapping[str, Tensor] | None, capture: Capturer) -> Program:
+    """The program with its twin and with notes on how it was certified.
+
+    ``capture`` captures the twin as the program was captured.
+
+    Raises:
+        NotEquivalent: The graph does not compute what the model computes.
+        Refused: No twin can be built to compare with.
+    """
+    if not isinstance(what.config, PretrainedConfig) or _unlike_its_config(what):
+        return _by_itself(program, what, example)
+    failures: list[str] = []
+    for shrunk in shrunk_configs(program):
+        try:
+            module = random_model(shrunk.config, None if what.module is None else type(what.module))
+            twin = capture(replace(what, config=shrunk.config, module=module, path=None))
+        except Exception as error:  # a config that the model's own code does not accept: try a wider one
+            failures.append(str(error).strip().split("\n")[0][:160])
+            continue
+        difference = _difference(outline(program, shrunk.layers), outline(twin, shrunk.layers))
+        if difference:
+            failures.append(f"its text differs: {difference}")
+            continue
+        _compare(twin, module, example)
+        return replace(program, twin=twin, notes=(*program.notes, *_announce(twin, shrunk)))
+    raise Refused(
+        "the capture could not be certified: no small model of this config is like it.\n"
+        + "\n".join(f"  {failure}" for failure in failures)
+        + "\nCapture it without certifying (certify=False) only if you compare the result yourself."
+    )
+
+
+def _unlike_its_config(what: Subject) -> bool:
+    """Whether a module in memory cannot be rebuilt from its config by its own class."""
+    return what.module is not None and not isinstance(what.module, PreTrainedModel)
+
+
+def _announce(twin: Program, shrunk: Shrunk) -> list[str]:
+    size = sum(4 * _numel(twin.source.shape(name)) for name in twin.source.names())
+    if shrunk.narrow and size < HEAVY:
+        return []
+    return [f"certified on {shrunk.layers} layers at full width with {size / 2**30:.1f} GB of random weights"]
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _by_itself(program: Program, what: Subject, example: Mapping[str, Tensor] | None) -> Program:
+    """Certify a module in memory that no config describes: run it, and make its twin of random weights."""
+    assert what.module is not None
+    _compare(program, what.module, example, own=False)
+    generator = torch.Generator().manual_seed(0)
+    meta = dict(program.root.state_dict())
+    names = dict.fromkeys(n for part in program.parts for n in parameters_of(program, part))
+    tensors = {
+        name: random_like(torch.ones(meta[name].shape), generator) if meta[name].is_floating_point() else meta[name]
+        for name in names
+    }
+    return replace(program, twin=replace(program, source=InMemory(tensors)))
+
+
+def _difference(left: str, right: str) -> str:
+    """The first words that differ, or nothing."""
+    a, b = left.split(), right.split()
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        if tag != "equal":
+            start = max(0, i - 4)
+            return f"'{' '.join(a[start : j + 2])[:120]}' became '{' '.join(b[max(0, k - 4) : m + 2])[:120]}'"
+    return ""
+
+
+def inputs_for(program: Program, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random token ids that the program's embedding has, and a mask with left padding in the first row."""
+    rows = [leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"]
+    ids = torch.randint(max(rows, default=2), SHAPE, generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[0, :PADDED] = 0
+    return ids, mask
+
+
+def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose parameters of the main dtype are in ``dtype``; buffers stay what the model made them."""
+    main = weight_dtype(module)
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        if parameter.dtype == main:
+            parameter.data = parameter.data.to(dtype)
+    return module.eval()
+
+
+def _compare(twin: Program, module: nn.Module, example: Mapping[str, Tensor] | None, own: bool = True) -> None:
+    ids, mask = inputs_for(twin)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if example is not None:
+        given = {name: given[name] for name in example}
+    if isinstance(module, PreTrainedModel):
+        given["use_cache"] = False
+    backend = NAME if _has_attention_op(twin) else None
+    for dtype in (twin.dtype, torch.float32):
+        model = in_dtype(module, dtype)
+        if backend and isinstance(model, PreTrainedModel):
+            model.set_attn_implementation(backend)
+        with torch.no_grad():
+            want = _logits(model, given)
+            got = run(twin, ids, mask, dtype=dtype)
+        if not torch.equal(want.nan_to_num(), got.nan_to_num()):
+            worst = float((want - got).abs().max())
+            raise NotEquivalent(
+                f"the captured graph is not the model: on a twin in {dtype} logits differ by up to {worst:.3g}"
+            )
+    if own and backend and isinstance(module, PreTrainedModel):
+        _compare_attention(module, given, mask)
+
+
+def _compare_attention(module: nn.Module, given: Mapping[str, Any], mask: Tensor) -> None:
+    results = []
+    for implementation in (NAME, "eager"):
+        model = in_dtype(module, torch.float64)
+        assert isinstance(model, PreTrainedModel)
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(_logits(model, given)[mask.bool()])
+    got, want = results
+    error = float((got - want).norm() / want.norm())
+    if not error <= OWN_ATTENTION:
+        raise NotEquivalent(
+            f"the attention that was captured is not the model's own: on a twin in float64 logits differ by "
+            f"{error:.3g} (limit {OWN_ATTENTION:g}), relative, on inputs with padding and longer than the windows"
+        )
+
+
+def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
+    result = model(**given)
+    result = getattr(result, "logits", result)
+    return result[0] if isinstance(result, list | tuple) else result
+
+
+def _has_attention_op(program: Program) -> bool:
+    target = torch.ops.qc.attention.default
+    return bool(program.graph.find_nodes(op="call_function", target=target))
