@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from .attention import attention
 
@@ -57,3 +60,22 @@ def register() -> None:
     """Make ``attn_implementation="qc"`` known to transformers; its masks are always explicit and bool."""
     AttentionInterface.register(NAME, _forward)
     AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextlib.contextmanager
+def finite_eager_masks() -> Iterator[None]:
+    """Let transformers' own attention run in float64 on inputs with padding.
+
+    Its mask is the least number of the model's dtype and its softmax is in float32 always: in float64 a row that
+    is masked everywhere would overflow to NaN. In this context the mask is the least float32.
+    """
+    own = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs | {"dtype": torch.float32})
+
+    AttentionMaskInterface.register("eager", mask)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", own)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .capture_attention import NAME
+from .capture_attention import NAME, finite_eager_masks
 from .capture_model import Subject, weight_dtype
 from .errors import NotEquivalent, Refused
 from .execute import parameters_of, run
@@ -45,7 +45,7 @@ def certified(program: Program, what: Subject, example: Mapping[str, Tensor] | N
     failures: list[str] = []
     for shrunk in shrunk_configs(program):
         try:
-            module = random_model(shrunk.config, None if what.module is None else type(what.module))
+            module = random_model(shrunk.config, what.module, what.dtype)
             twin = capture(replace(what, config=shrunk.config, module=module, path=None))
         except Exception as error:  # a config that the model's own code does not accept: try a wider one
             failures.append(str(error).strip().split("\n")[0][:160])
@@ -152,7 +152,7 @@ def _compare_attention(module: nn.Module, given: Mapping[str, Any], mask: Tensor
         model = in_dtype(module, torch.float64)
         assert isinstance(model, PreTrainedModel)
         model.set_attn_implementation(implementation)
-        with torch.no_grad():
+        with torch.no_grad(), finite_eager_masks():
             results.append(_logits(model, given)[mask.bool()])
     got, want = results
     error = float((got - want).norm() / want.norm())

@@ -27,6 +27,7 @@ from .program import Program
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .solve import Progress, Solver
+from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -102,14 +103,16 @@ def compile(
     output.check()
     planned = plan(model, passes, options).require()
     program = planned.program
+    proved_first = prove_on_twin(planned)
     data = _data(planned, options)
-    layout = planned.target.layout_of(planned)
+    layout = planned.layout
     with output, _own_random_state():
         with ShardWriter(output.path, layout.specs) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(program, options), _sink(planned, layout, writer),
                 compute=_compute(program, options), report=report,
             )  # fmt: skip
+            solver.journal.twin(proved_first)
             journal = solver.run()
         check_written(output.path, layout.specs)
         _beside(planned, layout, data, journal, output.path, options)

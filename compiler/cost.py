@@ -73,7 +73,7 @@ def cost_of(plan: Plan) -> Cost:
         name = str(scheme) if scheme.quantized else "float"
         schemes[name] = schemes.get(name, 0) + 1
     try:
-        disk = plan.target.layout_of(plan).nbytes
+        disk = plan.layout.nbytes
     except Exception:
         if not plan.problems:
             raise

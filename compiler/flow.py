@@ -185,20 +185,26 @@ class Stream:
 
 def streams(program: Program, writer: fx.Node) -> tuple[Stream, ...]:
     """The value a linear writes, and each piece into which slices cut its channels (packed qkv, gate_up)."""
+    known = program.memory.setdefault("streams", {})
+    if writer not in known:
+        known[writer] = _streams(writer)
+    return known[writer]
+
+
+def _streams(writer: fx.Node) -> tuple[Stream, ...]:
     found = [Stream(writer, writer, tuple(range(shape(writer)[-1])))]
     whole = len(found[0].rows)
     for node, labels in copies(writer):
-        if isinstance(labels, torch.Tensor) and labels.unique().numel() < whole:
-            rows = constant_rows(labels)
-            if rows is not None and all(rows != stream.rows for stream in found):
-                found.append(Stream(writer, node, rows))
+        rows = constant_rows(labels) if isinstance(labels, torch.Tensor) else None
+        if rows is not None and len(rows) < whole and all(rows != stream.rows for stream in found):
+            found.append(Stream(writer, node, rows))
     return tuple(found)
 
 
 def constant_rows(labels: torch.Tensor) -> tuple[int, ...] | None:
     """The labels along the last axis, when they are the same at every position; None otherwise."""
-    rows = labels.reshape(-1, labels.shape[-1])
-    return tuple(rows[0].tolist()) if bool((rows == rows[0]).all()) else None
+    first = labels[(0,) * (labels.dim() - 1)]
+    return tuple(first.tolist()) if bool((labels == first).all()) else None
 
 
 @dataclass(frozen=True)

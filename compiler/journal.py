@@ -20,6 +20,10 @@ class Journal:
 
     entries: list[dict[str, Any]] = field(default_factory=list)
 
+    def twin(self, outcome: str) -> None:
+        """What was proved on the narrow twin before any weight was read."""
+        self.entries.append({"part": "twin", "outcome": outcome})
+
     def proved(self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate) -> None:
         """An EXACT rewrite of one part, with its certificate."""
         self._add(part, rewrite, edits, certificate={

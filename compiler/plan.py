@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -57,7 +58,12 @@ class Plan:
             for step in self.steps
         )
 
-    @property
+    @cached_property
+    def layout(self) -> Any:
+        """Every tensor of the export."""
+        return self.target.layout_of(self)
+
+    @cached_property
     def formats(self) -> dict[str, Any]:
         """The format class of every quantized linear, by module."""
         return {
@@ -65,6 +71,11 @@ class Plan:
             for node in self.final.graph.nodes
             if "scheme" in node.meta
         }
+
+    def __str__(self) -> str:
+        from .plan_text import plan_text
+
+        return plan_text(self)
 
     def require(self) -> Plan:
         """The plan itself, or Refused with all its problems at once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -111,6 +112,11 @@ class Program:
     twin: Program | None = None
     """A narrow copy of the same architecture with random weights in memory, on which laws are proved."""
     facts: frozenset[str] = frozenset()
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """What was found out about this very graph, by whom it concerns; a fork starts with none."""
+        return {}
 
     @property
     def blocks(self) -> tuple[Part, ...]:

@@ -14,6 +14,12 @@ def roles_of(program: Program) -> Mapping[str, frozenset[str]]:
     ``gated``: writers of a gated product, both of them. ``row_parallel``: readers of a gated product or of an
     attention, whose input channels a tensor-parallel server splits. ``expert``: linears of a mixture of experts.
     """
+    if "roles" not in program.memory:
+        program.memory["roles"] = _roles_of(program)
+    return program.memory["roles"]
+
+
+def _roles_of(program: Program) -> Mapping[str, frozenset[str]]:
     gated: set[str] = set()
     row_parallel: set[str] = set()
     for match in registry.get("patterns", "up_down").find(program):

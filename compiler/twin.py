@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .canon import hint
+from .capture_model import weight_dtype
 from .program import Program
 from .show.text import text
 
@@ -145,7 +146,8 @@ def shrunk_configs(program: Program) -> Iterator[Shrunk]:
     depth = {k for k, v in numbers.items() if v == count and k not in _also_width(numbers, sizes, count)}
     windows = {k for k, v in numbers.items() if v in literals and v > WINDOW and v not in sizes}
     windows |= {k for k, v in numbers.items() if v in literals and "window" in k}
-    widths = {k: v for k, v in numbers.items() if v in sizes and k not in depth | windows}
+    fixed = depth | windows | {k for k in numbers if "position" in k}
+    widths = {k: v for k, v in numbers.items() if v in sizes and k not in fixed}
     cut: dict[str, Any] = dict.fromkeys(depth, layers) | dict.fromkeys(windows, WINDOW)
     cut |= {k: v[:layers] for k, v in values.items() if isinstance(v, list) and len(v) == count}
     for products in (False, True):
@@ -172,18 +174,21 @@ def _rebuilt(config: Any, values: Mapping[str, Any], changes: Mapping[str, Any])
     return type(config).from_dict(merged)
 
 
-def random_model(config: Any, kind: type[nn.Module] | None) -> nn.Module:
-    """The model of a config in float32 on CPU with random weights; vectors are random around their initial value."""
+def random_model(config: Any, like: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+    """The model of a config on CPU with random float32 weights; its buffers are what it makes in ``dtype``.
+
+    ``like`` is a model whose class, and whose dtype of buffers, it gets instead.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if like is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
-            model = kind(config).float()
+            assert isinstance(like, PreTrainedModel)
+            model = type(like)._from_config(config, dtype=weight_dtype(like))
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(random_like(parameter, generator))
+    for parameter in model.parameters():
+        if parameter.dtype.is_floating_point:
+            parameter.data = random_like(parameter.data, generator)
     return model.eval()
 
 
@@ -198,7 +203,7 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def outline(program: Program, layers: int) -> str:
     """The text of a program's first layers up to sizes and counts, to compare a model with its twin."""
     sizes = _sizes(program)
-    roots = {round(v, 9) for s in sizes for v in (s**-0.5, s**0.5, 1 / s)}
+    roots = {round(v, 9) for s in sizes if s for v in (s**-0.5, s**0.5, 1 / s)}
     kept = [text(program, part=part) for part in (program.parts[0], *program.blocks[:layers], program.parts[-1])]
     words = []
     for word in "\n".join(kept).replace("[", " [ ").replace("]", " ] ").replace(",", " , ").replace(")", " )").split():

@@ -86,5 +86,5 @@ def test_factors_that_do_not_fit() -> None:
         rotate(torch.zeros(1, 100), eye, eye)
     with pytest.raises(ValueError, match="do not fit width 64"):
         fold(torch.zeros(1, 64), torch.zeros(8, 4), eye)
-    with pytest.raises(ValueError, match="left factor .* cannot be inverted"):
+    with pytest.raises(ValueError, match=r"left factor .* cannot be inverted"):
         fold(torch.zeros(1, 64), torch.zeros(8, 8), eye)

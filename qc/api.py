@@ -1,0 +1,79 @@
+"""The Python interface: the same engine as the command line, with the options as keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .compiler import compile as engine
+from .compiler.capture import capture
+from .compiler.contract import Pass
+from .compiler.evaluate import evaluate
+from .compiler.generate import generate
+from .compiler.load import load
+from .compiler.plan import Plan
+from .compiler.program import Program
+from .compiler.scheme import Scheme
+from .compiler.show.text import text as show
+from .compiler.solve import Progress
+
+__all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show"]
+
+
+def plan(
+    model: engine.Model | Program, passes: str | Iterable[str | Pass], *,
+    scheme: str | Scheme = "auto", target: Any = "vllm-ascend", tp: int = 1, seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Plan:  # fmt: skip
+    """What a compile would do, before any weight is read. ``print(plan)`` shows it; ``plan.problems`` lists why not.
+
+    Args:
+        model: A checkpoint directory, a hub id, an ``nn.Module`` in memory, or what ``capture`` returned.
+        passes: As on the command line (``"iter_smooth{alpha=0.7},quarot"``), or a list of names and passes.
+        scheme: The rule list of every quantizing pass: a name, or a ``Scheme``.
+        target: Who loads the result: a name, or a target.
+        tp: Tensor-parallel ranks of the server.
+        seed: Of everything random.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+    """
+    options = engine.Options(scheme=scheme, target=target, tp=tp, seed=seed, trust_remote_code=trust_remote_code)
+    return engine.plan(model, passes, options)
+
+
+def compile(
+    model: engine.Model | Program, passes: str | Iterable[str | Pass], *, out: str | Path,
+    scheme: str | Scheme = "auto", target: Any = "vllm-ascend", tp: int = 1,
+    calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, seed: int = 0,
+    device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
+    tokenizer: Any = None, report: Callable[[Progress], None] = lambda progress: None,
+) -> engine.Result:  # fmt: skip
+    """Compile a model into the directory ``out``, which is there whole or not at all.
+
+    Args:
+        model: As for ``plan``.
+        passes: As for ``plan``.
+        out: Directory to make.
+        scheme: As for ``plan``.
+        target: As for ``plan``.
+        tp: As for ``plan``.
+        calib: Files of calibration text (.jsonl, .json, .txt); none takes a small text that ships with qc.
+        samples: Calibration windows.
+        length: Tokens per window.
+        seed: Of everything random.
+        device: Where blocks are solved.
+        dtype: Dtype of calibration runs: ``auto`` (the checkpoint's), ``bfloat16``, ``float32``.
+        force: Replace ``out`` when it exists.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        tokenizer: In place of the checkpoint's own; needed for models in memory.
+        report: Called with the progress.
+
+    Raises:
+        Refused: The input or the plan is not acceptable; nothing was done.
+        Failed: Something broke on the way, such as a failed proof; nothing is left at ``out``.
+    """
+    options = engine.Options(
+        scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
+        device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
+    )  # fmt: skip
+    return engine.compile(model, passes, out, options, report)
