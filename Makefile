@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## compile a real model (SmolLM2-135M) to W4A4/W8A8, measure it, let it speak
 	@set -eu; \
-	model=$$($(BIN)/python -m benchmarks.smollm2 | tail -n 1); \
+	model=$$($(BIN)/python -m benchmarks.smollm2); \
 	echo "== compiling $$model to $(DEMO)"; \
 	$(BIN)/qc compile "$$model" --passes '$(DEMO_PASSES)' --scheme auto --samples 8 --length 256 --out $(DEMO) --force; \
 	echo "== measuring"; \

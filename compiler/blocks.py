@@ -134,7 +134,9 @@ def block_text(graph: fx.Graph, index: int, prefix: str, leaves: Mapping[str, Le
             if source not in spelled:
                 spelled[source] = f"in{inputs}"
                 inputs += 1
-        target = str(node.target).removeprefix(prefix + ".") if node.op != "call_function" else str(node.target)
+        target = (
+            str(node.target).removeprefix(prefix + ".") if node.op != "call_function" else str(node.target)
+        )
         if leaf := leaves.get(str(node.target)) if node.op == "call_module" else None:
             target += f" {leaf.kind} {dict(leaf.parameters)} {leaf.norm} {leaf.transposed}"
         args = ", ".join(spell(a, spelled) for a in node.args)

@@ -46,7 +46,9 @@ def mutates(node: fx.Node) -> bool:
 
 def symbolic(node: fx.Node) -> bool:
     """Whether the node's value is a number derived from shapes rather than a tensor."""
-    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+    return isinstance(
+        node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool
+    )
 
 
 def hint(size: int | torch.SymInt) -> int:
@@ -185,7 +187,8 @@ def text_of(graph: fx.Graph, name: Callable[[fx.Node], Any] | None = None) -> st
             continue
         target = str((name(node) if name else None) or node.target)
         args = ", ".join(
-            [spell(a, spelled) for a in node.args] + [f"{k}={spell(v, spelled)}" for k, v in node.kwargs.items()]
+            [spell(a, spelled) for a in node.args]
+            + [f"{k}={spell(v, spelled)}" for k, v in node.kwargs.items()]
         )
         if node.op == "output":
             lines.append(f"return {args}")

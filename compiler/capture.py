@@ -185,7 +185,9 @@ def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphMo
     elif isinstance(owner, PreTrainedModel):
         wrapper = Logits(owner)
     else:
-        raise Refused("a module that is no transformers model needs example inputs: example={'input_ids': ...}")
+        raise Refused(
+            "a module that is no transformers model needs example inputs: example={'input_ids': ...}"
+        )
     axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = export_graph(wrapper.eval(), (ids, torch.ones_like(ids)), (axes, axes))
     _check_open(exported)

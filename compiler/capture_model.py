@@ -74,7 +74,9 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.bfloat16
 
 
-def subject(model: str | Path | nn.Module | PretrainedConfig, *, config: Any, trust_remote_code: bool) -> Subject:
+def subject(
+    model: str | Path | nn.Module | PretrainedConfig, *, config: Any, trust_remote_code: bool
+) -> Subject:
     """Find out what is to be captured. Reads config.json at most; downloads a hub id's snapshot.
 
     Raises:
@@ -109,12 +111,16 @@ def _directory(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise Refused(f"{model}: no config.json in this directory.\nA checkpoint as transformers saves it is needed.")
+            raise Refused(
+                f"{model}: no config.json in this directory.\nA checkpoint as transformers saves it is needed."
+            )
         return path
     if path.exists():
         raise Refused(f"{model} is a file.\nGive the checkpoint directory that holds config.json.")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise Refused(f"{model}: no such directory.\nGive a checkpoint directory, or a hub id such as org/name.")
+        raise Refused(
+            f"{model}: no such directory.\nGive a checkpoint directory, or a hub id such as org/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -143,7 +149,9 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises ValueError, KeyError, ImportError, StrictDataclassError...
+    except (
+        Exception
+    ) as error:  # transformers raises ValueError, KeyError, ImportError, StrictDataclassError...
         if raw.get("auto_map") and not trust_remote_code:
             raise Refused(
                 f"{path} needs Python code that comes with the checkpoint (model_type {raw['model_type']}).\n"
@@ -184,7 +192,9 @@ def constants(model: nn.Module, original: nn.Module | None) -> dict[str, Tensor]
     """
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        local = sorted(module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None})
+        local = sorted(
+            module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
+        )
         if not local:
             continue
         if original is not None:

@@ -31,7 +31,9 @@ HEAVY = 2**30
 Capturer = Callable[..., Program]
 
 
-def certified(program: Program, what: Subject, example: Mapping[str, Tensor] | None, capture: Capturer) -> Program:
+def certified(
+    program: Program, what: Subject, example: Mapping[str, Tensor] | None, capture: Capturer
+) -> Program:
     """The program with its twin and with notes on how it was certified.
 
     ``capture`` captures the twin as the program was captured.
@@ -87,7 +89,9 @@ def _by_itself(program: Program, what: Subject, example: Mapping[str, Tensor] | 
     meta = dict(program.root.state_dict())
     names = dict.fromkeys(n for part in program.parts for n in parameters_of(program, part))
     tensors = {
-        name: random_like(torch.ones(meta[name].shape), generator) if meta[name].is_floating_point() else meta[name]
+        name: random_like(torch.ones(meta[name].shape), generator)
+        if meta[name].is_floating_point()
+        else meta[name]
         for name in names
     }
     return replace(program, twin=replace(program, source=InMemory(tensors)))
@@ -122,7 +126,9 @@ def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return module.eval()
 
 
-def _compare(twin: Program, module: nn.Module, example: Mapping[str, Tensor] | None, own: bool = True) -> None:
+def _compare(
+    twin: Program, module: nn.Module, example: Mapping[str, Tensor] | None, own: bool = True
+) -> None:
     ids, mask = inputs_for(twin)
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if example is not None:

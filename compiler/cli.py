@@ -29,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = argparse.ArgumentParser(prog="qc", description="A quantization compiler for large language models.")
+    parser = argparse.ArgumentParser(
+        prog="qc", description="A quantization compiler for large language models."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, help_text in (("compile", run_compile, "compile a model into a quantized checkpoint"),
                                  ("plan", run_plan, "say what a compile would do, before any weight is read")):  # fmt: skip
@@ -55,7 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
     why.add_argument("--at", help="module below which to look, e.g. model.layers.3.mlp")
     why.add_argument("--trust-remote-code", action="store_true")
     why.set_defaults(run=run_why)
-    evaluate = commands.add_parser("eval", help="compare an exported checkpoint with its float reference on a text")
+    evaluate = commands.add_parser(
+        "eval", help="compare an exported checkpoint with its float reference on a text"
+    )
     evaluate.add_argument("out", metavar="OUT")
     evaluate.add_argument("--reference", required=True, help="the float checkpoint")
     evaluate.add_argument("--text", required=True, help="text file")
@@ -74,11 +78,17 @@ def make_parser() -> argparse.ArgumentParser:
 def plan_options(command: argparse.ArgumentParser) -> None:
     """The options that ``compile`` and ``plan`` share."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
-    command.add_argument("--passes", required=True, help="e.g. \"iter_smooth{alpha=0.7},quarot,autoround\" (quote it)")
-    command.add_argument("--scheme", default="auto", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    command.add_argument(
+        "--passes", required=True, help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)'
+    )
+    command.add_argument(
+        "--scheme", default="auto", help="number formats: auto, w8a8, w4a4, ... (default auto)"
+    )
     command.add_argument("--target", default="vllm-ascend", help="who loads the result (default vllm-ascend)")
     command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
-    command.add_argument("--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text")
+    command.add_argument(
+        "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
+    )
     command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
     command.add_argument("--seed", type=int, default=0)
@@ -125,7 +135,10 @@ def run_plan(args: argparse.Namespace) -> int:
     from .plan_text import plan_json, plan_text
 
     planned = plan(args.model, args.passes, options_of(args))
-    print(json.dumps(plan_json(planned), indent=2) if args.json else plan_text(planned), end="\n" if args.json else "")
+    print(
+        json.dumps(plan_json(planned), indent=2) if args.json else plan_text(planned),
+        end="\n" if args.json else "",
+    )
     return 2 if planned.problems else 0
 
 
@@ -166,7 +179,11 @@ def run_eval(args: argparse.Namespace) -> None:
 
     found = evaluate(args.out, args.reference, args.text, windows=args.windows, length=args.length)
     if args.json:
-        more = {"perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity, "ratio": found.ratio}
+        more = {
+            "perplexity": found.perplexity,
+            "reference_perplexity": found.reference_perplexity,
+            "ratio": found.ratio,
+        }
         print(json.dumps({**dataclasses.asdict(found), **more}))
     else:
         print(format(found))

@@ -78,7 +78,9 @@ Model = str | Path | nn.Module
 def plan(model: Model | Program, passes: str | Iterable[str | Pass], options: Options | None = None) -> Plan:
     """Everything that can be said before a weight is read. Its problems are listed, not raised."""
     options = options or Options()
-    program = model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
+    program = (
+        model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
+    )
     return make_plan(
         program, passes, scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed
     )
@@ -147,7 +149,9 @@ def _data(planned: Plan, options: Options) -> Calibration | None:
     tokenizer = options.tokenizer
     if tokenizer is None:
         if planned.program.path is None:
-            raise Refused("the model in memory has no tokenizer, and the plan needs calibration data: give tokenizer=")
+            raise Refused(
+                "the model in memory has no tokenizer, and the plan needs calibration data: give tokenizer="
+            )
         tokenizer = load_tokenizer(planned.program.path)
     return calibration(options.calib, tokenizer, samples=options.samples, length=options.length)
 
@@ -155,9 +159,7 @@ def _data(planned: Plan, options: Options) -> Calibration | None:
 def _random_ids(program: Program, options: Options) -> Tensor:
     """Token ids for the proofs of a plan that needs no calibration data, [1, 64]."""
     generator = torch.Generator().manual_seed(options.seed)
-    rows = [
-        leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"
-    ]
+    rows = [leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"]
     return torch.randint(0, max(rows, default=2), (1, 64), generator=generator)
 
 
@@ -188,7 +190,9 @@ def _beside(
     config = _config(program)
     if config is not None:
         tied = bool(planned.final.ties) if program.ties else None
-        write_json(path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code))
+        write_json(
+            path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code)
+        )
     if program.path is not None:
         copy_side_files(Path(program.path), path, options.trust_remote_code)
     for name, content in planned.target.files(layout).items():

@@ -68,14 +68,21 @@ def by_module(edits: Iterable[Edit]) -> dict[str, list[Edit]]:
 
 
 def apply(
-    program: Program, module: str, edits: Iterable[Edit], values: Mapping[Slot, Tensor], get: Get, dtype: torch.dtype
+    program: Program,
+    module: str,
+    edits: Iterable[Edit],
+    values: Mapping[Slot, Tensor],
+    get: Get,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The tensors of ``module`` after ``edits``, by local name, computed in ``dtype``.
 
     ``get`` gives the state before. Nothing is changed in place. SWAP and UNTIE do not change numbers.
     """
     leaf = program.leaves[module]
-    tensors = {name: tensor.to(dtype) for name in leaf.parameters if (tensor := get(f"{module}.{name}")) is not None}
+    tensors = {
+        name: tensor.to(dtype) for name in leaf.parameters if (tensor := get(f"{module}.{name}")) is not None
+    }
     bias = get(f"{module}.bias")
     if bias is not None:
         tensors["bias"] = bias.to(dtype)
@@ -104,7 +111,9 @@ def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype
     raise Failed(f"{edit}: {operand!r} is not a vector")
 
 
-def _scale_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+def _scale_out(
+    leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
+) -> None:
     scale = _vector(leaf, edit, values, get, dtype)
     if leaf.norm is not None:
         tensors["weight"] = (tensors["weight"] + leaf.norm.offset) * scale - leaf.norm.offset
@@ -120,7 +129,9 @@ def _scale_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: w * scale[:, None]).T
 
 
-def _shift_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+def _shift_out(
+    leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
+) -> None:
     shift = _vector(leaf, edit, values, get, dtype)
     tensors["bias"] = tensors.get("bias", torch.zeros_like(shift)) - shift
 
@@ -131,7 +142,9 @@ def _shift_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get
     tensors["bias"] = tensors.get("bias", weight.new_zeros(weight.shape[0])) + weight @ shift
 
 
-def _rotate_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+def _rotate_out(
+    leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
+) -> None:
     assert isinstance(edit.operand, Hadamard)
     rotation, rows = edit.operand, _index(edit.site)
     if leaf.kind == "embedding":  # rows of the table are values: E <- E Q
@@ -142,7 +155,9 @@ def _rotate_out(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: G
         tensors["bias"] = _put(tensors["bias"], rows, rotation.times)
 
 
-def _rotate_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+def _rotate_in(
+    leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
+) -> None:
     assert isinstance(edit.operand, Hadamard)
     rotation = edit.operand
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: rotation.times(w.T).T).T

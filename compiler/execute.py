@@ -86,7 +86,9 @@ class _Run:
         if found is None:
             found = self.program.constants.get(name)
         if found is None:
-            raise Failed(f"no tensor was given for {name}" + (f" (stored as {owner})" if owner != name else ""))
+            raise Failed(
+                f"no tensor was given for {name}" + (f" (stored as {owner})" if owner != name else "")
+            )
         return found.to(self.semantics.device)
 
     def get(self, name: str, declared: torch.dtype) -> Tensor:
@@ -167,7 +169,9 @@ def execute(
     for node in nodes:
         if node.op == "output" or (node.op == "placeholder" and node in local):
             continue
-        missing = [s for s in node.all_input_nodes if s not in local] or ([node] if node.op == "placeholder" else [])
+        missing = [s for s in node.all_input_nodes if s not in local] or (
+            [node] if node.op == "placeholder" else []
+        )
         if missing:
             raise Failed(f"{node.name} needs the value of {missing[0].name}, which was not given")
         local[node] = _value(run, node, local)
@@ -190,7 +194,9 @@ def _value(run: _Run, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     return call(node, env, run.semantics)
 
 
-def inputs(program: Program, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[fx.Node, Tensor]:
+def inputs(
+    program: Program, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> dict[fx.Node, Tensor]:
     """Values of the placeholders for token ids [b, s] and a mask [b, s] (all ones by default)."""
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     given = {"input_ids": input_ids, "attention_mask": mask}
@@ -226,4 +232,14 @@ def _final(node: fx.Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-__all__ = ["LinearHook", "Observer", "execute", "inputs", "inputs_of", "outputs_of", "parameters_of", "run", "symbolic"]
+__all__ = [
+    "LinearHook",
+    "Observer",
+    "execute",
+    "inputs",
+    "inputs_of",
+    "outputs_of",
+    "parameters_of",
+    "run",
+    "symbolic",
+]

@@ -35,7 +35,9 @@ def export_graph(module: nn.Module, example: tuple[Any, ...], dynamic: tuple[Any
     Under ``no_grad`` no gradient mode is baked in, so the graph can still be differentiated.
     """
     with quiet(), torch.no_grad():
-        program = torch.export.export(module, example, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False)
+        program = torch.export.export(
+            module, example, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False
+        )
         return program.module(check_guards=False)  # pyright: ignore[reportReturnType]
 
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 import torch
 from torch import fx
 
-from .laws import EVERYTHING, LAYOUT, Blocks, Map, is_attention, is_tensor, law, operands, shape
+from .canon import symbolic
+from .laws import EVERYTHING, LAYOUT, Blocks, Map, is_attention, law, operands, shape
 from .program import Program
+
+aten = torch.ops.aten
 
 COPY_OPS = frozenset(EVERYTHING) | frozenset(LAYOUT)
 
@@ -84,35 +88,52 @@ def follow(
     """
     flow = Flow()
     labels: dict[fx.Node, Any] = {start: channel_labels(start)}
-    for node in (start, *_later(start)):
-        if node not in labels or node is until:
+    queue = list(start.users)
+    heapify(queue)  # in graph order: all operands of a node are labelled before it is looked at
+    seen: set[fx.Node] = {start}
+    while queue:
+        user = heappop(queue)
+        if user in seen or user is until or symbolic(user):
             continue
-        for user in node.users:
-            if user is until or user in labels:
-                continue
-            leaf = program.leaf(user)
-            if leaf is not None and leaf.kind == "linear":
-                _read(flow, user, labels[node])
-                continue
-            verdict = _verdict(program, user, node, what, copies_only)
-            missing = [] if isinstance(verdict, Blocks) else [j for j in verdict.joins if j not in labels]
-            if isinstance(verdict, Blocks):
-                flow.obstacles.append(Obstacle(user, verdict.reason))
-            elif missing:
-                flow.obstacles.append(Obstacle(user, f"it is added to {missing[0].name}, which does not carry the map"))
-            else:
-                labels[user] = _relabel(user, node, labels)
-                flow.crossed.append(user)
+        seen.add(user)
+        carried = [operand for operand in user.all_input_nodes if operand in labels]
+        leaf = program.leaf(user)
+        if leaf is not None and leaf.kind == "linear":
+            _read(flow, user, labels[carried[0]])
+            continue
+        reason = _stop(program, user, carried, labels, what, copies_only)
+        if reason is not None:
+            flow.obstacles.append(Obstacle(user, reason))
+            continue
+        labels[user] = _relabel(user, carried[0], labels)
+        flow.crossed.append(user)
+        for later in user.users:
+            heappush(queue, later)
     return flow
 
 
-def _later(node: fx.Node) -> list[fx.Node]:
-    later: list[fx.Node] = []
-    current = node.next
-    while current.op != "root":
-        later.append(current)
-        current = current.next
-    return later
+def _stop(
+    program: Program,
+    user: fx.Node,
+    carried: list[fx.Node],
+    labels: dict[fx.Node, Any],
+    what: Map,
+    copies_only: bool,
+) -> str | None:
+    """Why a map that the operands ``carried`` have does not come out of ``user`` once; None when it does."""
+    for node in carried:
+        verdict = _verdict(program, user, node, what, copies_only)
+        if isinstance(verdict, Blocks):
+            return verdict.reason
+        missing = [operand for operand in verdict.joins if operand not in carried]
+        if missing:
+            return f"it is added to {missing[0].name}, which does not carry the map"
+        if any(operand is not node and operand not in verdict.joins for operand in carried):
+            return "the map enters it twice"
+    first, *others = (labels[node] for node in carried)
+    if any(not torch.equal(*torch.broadcast_tensors(first, other)) for other in others):
+        return "its operands hold the channels in different orders"
+    return None
 
 
 def _verdict(program: Program, user: fx.Node, node: fx.Node, what: Map, copies_only: bool) -> Any:
@@ -120,9 +141,7 @@ def _verdict(program: Program, user: fx.Node, node: fx.Node, what: Map, copies_o
         return Blocks("it leaves the graph")
     if copies_only and user.target not in COPY_OPS:
         return Blocks("it is used by more than casts, copies and views")
-    if user.target is operator.getitem or is_tensor(node):
-        return law(program, user, node, what)
-    return Blocks("its sizes are used")
+    return law(program, user, node, what)
 
 
 def _read(flow: Flow, user: fx.Node, labels: torch.Tensor) -> None:
@@ -137,6 +156,7 @@ def _relabel(node: fx.Node, operand: fx.Node, labels: dict[fx.Node, Any]) -> Any
     if is_attention(node):
         return _through_attention(node, labels[operand])
     if node.target in LAYOUT:
+
         def concrete(arg: fx.Node) -> Any:
             if arg in labels:
                 return labels[arg]
@@ -176,11 +196,16 @@ def _through_attention(node: fx.Node, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Stream:
-    """Some channels of one writer, as the value ``node``; ``rows[c]`` is the writer's channel in channel c."""
+    """Some channels of one writer, as the value ``node``."""
 
     writer: fx.Node
     node: fx.Node
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] | None
+    """``rows[c]`` is the writer's channel in channel c; None where heads hold different channels."""
+
+
+CUTS = frozenset({aten.slice.Tensor, aten.select.int, aten.index.Tensor, operator.getitem})
+"""Layout ops that take some channels out of a value."""
 
 
 def streams(program: Program, writer: fx.Node) -> tuple[Stream, ...]:
@@ -193,16 +218,38 @@ def streams(program: Program, writer: fx.Node) -> tuple[Stream, ...]:
 
 def _streams(writer: fx.Node) -> tuple[Stream, ...]:
     found = [Stream(writer, writer, tuple(range(shape(writer)[-1])))]
-    whole = len(found[0].rows)
+    whole = channel_labels(writer).numel()
     for node, labels in copies(writer):
-        rows = constant_rows(labels) if isinstance(labels, torch.Tensor) else None
-        if rows is not None and len(rows) < whole and all(rows != stream.rows for stream in found):
-            found.append(Stream(writer, node, rows))
+        if node.target in CUTS and isinstance(labels, torch.Tensor) and 0 < labels.numel() < whole:
+            found.append(Stream(writer, node, constant_rows(labels)))
     return tuple(found)
+
+
+def beside(stream: Stream) -> Obstacle | None:
+    """Who reads the channels of a stream past it: the writer whole, or another piece that overlaps."""
+    if stream.node is stream.writer:
+        return None
+    labelled = dict(copies(stream.writer))
+    own, mine = {node for node, _ in copies(stream.node)}, labelled[stream.node]
+    for node, labels in labelled.items():
+        if node in own or not isinstance(labels, torch.Tensor) or not bool(torch.isin(labels, mine).any()):
+            continue
+        for user in node.users:
+            if user.target not in COPY_OPS and not symbolic(user):
+                return Obstacle(user, "it reads the same channels in another way")
+    return None
+
+
+def entries(start: fx.Node, user: fx.Node) -> int:
+    """How many operands of ``user`` are ``start`` or copies of it."""
+    carried = {node for node, _ in copies(start)}
+    return sum(operand in carried for operand in user.args if isinstance(operand, fx.Node))
 
 
 def constant_rows(labels: torch.Tensor) -> tuple[int, ...] | None:
     """The labels along the last axis, when they are the same at every position; None otherwise."""
+    if not labels.numel():
+        return ()
     first = labels[(0,) * (labels.dim() - 1)]
     return tuple(first.tolist()) if bool((labels == first).all()) else None
 
@@ -244,7 +291,7 @@ def space(program: Program, start: fx.Node, what: Map) -> Space:
             norms[node] = None
         for user in node.users:
             user_leaf = program.leaf(user)
-            if not isinstance(user.meta.get("val"), torch.Tensor) and user.op != "output":
+            if symbolic(user):
                 continue  # its size is read, nothing else
             if user_leaf is not None and user_leaf.kind == "linear":
                 readers[user] = None
@@ -264,7 +311,9 @@ def space(program: Program, start: fx.Node, what: Map) -> Space:
     )  # fmt: skip
 
 
-def _carriers(program: Program, node: fx.Node, what: Map, obstacles: dict[fx.Node, Obstacle]) -> list[fx.Node]:
+def _carriers(
+    program: Program, node: fx.Node, what: Map, obstacles: dict[fx.Node, Obstacle]
+) -> list[fx.Node]:
     """The operands of ``node`` through which its output carries the map."""
     if node.op != "call_function" and program.leaf(node) is None:
         obstacles.setdefault(node, Obstacle(node, "it is an input of the graph, which nothing can rewrite"))
@@ -272,6 +321,30 @@ def _carriers(program: Program, node: fx.Node, what: Map, obstacles: dict[fx.Nod
     verdicts = {operand: law(program, node, operand, what) for operand in operands(node)}
     through = [operand for operand, verdict in verdicts.items() if not isinstance(verdict, Blocks)]
     if not through:
-        reason = next((v.reason for v in verdicts.values() if isinstance(v, Blocks)), "it is made from constants")
+        reason = next(
+            (v.reason for v in verdicts.values() if isinstance(v, Blocks)), "it is made from constants"
+        )
         obstacles.setdefault(node, Obstacle(node, reason))
     return through
+
+
+def feeding(program: Program, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The linears from which a value is computed without another linear in between, within its part."""
+    seen: dict[fx.Node, None] = {}
+    queue, found = [node], []
+    while queue:
+        current = queue.pop(0)
+        if current in seen or current.meta.get("part") != node.meta.get("part"):
+            continue
+        seen[current] = None
+        leaf = program.leaf(current)
+        if leaf is not None and leaf.kind == "linear":
+            found.append(current)
+        else:
+            queue.extend(operands(current))
+    return tuple(found)
+
+
+def ordered(found: Any) -> tuple[int, ...] | None:
+    """The writer's channels behind something bound, where they have one order for all heads; else None."""
+    return found.rows if isinstance(found, Stream) else ()

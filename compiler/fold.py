@@ -13,7 +13,9 @@ from .export_module import export_graph
 from .probe import kind_of
 from .program import Leaf
 
-REDUCTIONS = frozenset({"mean", "layer_norm", "rms_norm", "var", "var_mean", "linalg_vector_norm", "norm", "sum"})
+REDUCTIONS = frozenset(
+    {"mean", "layer_norm", "rms_norm", "var", "var_mean", "linalg_vector_norm", "norm", "sum"}
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ def _boundary(nodes: list[fx.Node], names: Mapping[str, str]) -> tuple[list[fx.N
     return given, results
 
 
-def leaf_graph(nodes: list[fx.Node], given: fx.Node, result: fx.Node, names: Mapping[str, str]) -> fx.Graph | None:
+def leaf_graph(
+    nodes: list[fx.Node], given: fx.Node, result: fx.Node, names: Mapping[str, str]
+) -> fx.Graph | None:
     """The leaf's own graph: one placeholder ``x``, local names, sizes derived from ``x``; None if they cannot be."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {given: graph.placeholder("x")}

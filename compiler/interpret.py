@@ -39,7 +39,9 @@ class Semantics:
         return value.to(self.of(declared)) if declared.is_floating_point else value
 
 
-def arguments(node: fx.Node, env: Mapping[fx.Node, Any], semantics: Semantics) -> tuple[tuple, dict[str, Any]]:
+def arguments(
+    node: fx.Node, env: Mapping[fx.Node, Any], semantics: Semantics
+) -> tuple[tuple, dict[str, Any]]:
     """A node's arguments with values in place of nodes and baked dtypes and devices read by ``semantics``."""
 
     def value(a: Any) -> Any:

@@ -36,7 +36,9 @@ class Journal:
 
     def measured(self, part: str, sqnr: dict[str, float]) -> None:
         """Signal to quantization noise of each quantized linear's output, in dB, on the proof's calibration rows."""
-        self.entries.append({"part": part, "sqnr_db": {name: round(value, 2) for name, value in sqnr.items()}})
+        self.entries.append(
+            {"part": part, "sqnr_db": {name: round(value, 2) for name, value in sqnr.items()}}
+        )
 
     def stored(self, part: str, error: float) -> None:
         """Relative error of a part with all EXACT rewrites, once its tensors are cast to the dtype of export."""
@@ -51,7 +53,9 @@ class Journal:
     @property
     def worst(self) -> float:
         """The largest math error of all certificates."""
-        return max((entry["certificate"]["math"] for entry in self.entries if "certificate" in entry), default=0.0)
+        return max(
+            (entry["certificate"]["math"] for entry in self.entries if "certificate" in entry), default=0.0
+        )
 
     @property
     def proofs(self) -> int:

@@ -80,6 +80,8 @@ def layout(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Pass
 
     A rotation mixes all channels, so it passes only where the channel axis stays whole and last.
     """
+    if node.args[0] is not operand:
+        return Blocks("it says which values are taken, and is not one of them")
     if what is not Map.ROTATION:
         return Passes()
     if not isinstance(node.meta.get("val"), torch.Tensor) or shape(node)[-1:] != shape(operand)[-1:]:
@@ -184,7 +186,9 @@ def norm(program: Program, node: fx.Node, operand: fx.Node) -> Passes | Blocks:
     facts = program.leaves[str(node.target)].norm
     assert facts is not None
     if facts.mean_subtracting:
-        return Blocks(f"{node.target} subtracts the mean, which only rotations that keep the all-ones vector allow")
+        return Blocks(
+            f"{node.target} subtracts the mean, which only rotations that keep the all-ones vector allow"
+        )
     if facts.width != shape(operand)[-1]:
         return Blocks(f"{node.target} normalises {facts.width} of {shape(operand)[-1]} channels")
     if facts.bias:
@@ -196,7 +200,10 @@ def norm(program: Program, node: fx.Node, operand: fx.Node) -> Passes | Blocks:
 
 def is_attention(node: Any) -> bool:
     """Whether a node is ``qc::attention`` or torch's own scaled dot product attention."""
-    return isinstance(node, fx.Node) and op_name(node) in ("qc.attention", "aten.scaled_dot_product_attention")
+    return isinstance(node, fx.Node) and op_name(node) in (
+        "qc.attention",
+        "aten.scaled_dot_product_attention",
+    )
 
 
 def op_name(node: fx.Node) -> str:

@@ -37,7 +37,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     compute what the served ones compute; one without is an ordinary float checkpoint.
 
     Args:
-        path: A checkpoint directory.
+        path: A checkpoint directory, or a hub id.
         dtype: In which floats run; default, the one that config.json says. Integers and scales stay as they
             are stored, so do not call ``model.to(dtype)`` afterwards.
 
@@ -45,8 +45,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         Refused: No such directory; a tensor that is missing, unknown, of another shape or dtype; a type that
             is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own.
     """
-    path = Path(path)
     given = subject(path, config=None, trust_remote_code=False)
+    path = given.path or Path(path)
     stored = _dtype(given.config)
     model = replace(given, dtype=dtype or stored).on_meta(None)
     if not isinstance(model, PreTrainedModel):
@@ -74,7 +74,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a directory, as transformers makes it; Refused where it can read none."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise Refused(

@@ -14,7 +14,22 @@ from typing import Any, Generic, TypeVar
 
 from torch import fx
 
-from .flow import Flow, Obstacle, Space, Stream, channel_labels, constant_rows, copies, follow, heads_first, space, streams
+from .flow import (
+    Flow,
+    Obstacle,
+    Space,
+    Stream,
+    beside,
+    channel_labels,
+    constant_rows,
+    copies,
+    entries,
+    feeding,
+    follow,
+    heads_first,
+    space,
+    streams,
+)
 from .laws import Map, is_attention, op_name, operands, shape
 from .program import Program
 
@@ -103,6 +118,9 @@ class Sketch:
         def reader(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
             assert reads is not None
             start = value_of(bound[reads.index])
+            if ordered(bound[reads.index]) is None:
+                yield bound, Obstacle(start, "its channels differ from head to head")
+                return
             flow = follow(program, start, through or SCALE, copies_only=through is None)
             whole = list(range(int(channel_labels(start).max()) + 1))
             for found in flow.readers:
@@ -149,6 +167,9 @@ class Sketch:
 
         def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
             start = value_of(bound[factor.index])
+            if ordered(bound[factor.index]) is None:
+                yield bound, Obstacle(start, "its channels differ from head to head")
+                return
             for node, labels in copies(start):
                 for user in node.users:
                     factors = operands(user)
@@ -183,8 +204,9 @@ class Sketch:
 
         def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
             stream = bound[v.index]
-            for node, labels in copies(stream.node):
-                for user in node.users:
+            below = {node for node, _ in copies(stream.node)}
+            for node, labels in copies(stream.writer):
+                for user in node.users if node in below else ():
                     if not is_attention(user) or user.args[2] is not node:
                         continue
                     _, kv_heads, _, head_dim = shape(node)
@@ -194,7 +216,6 @@ class Sketch:
                     if rows is None:
                         yield bound, Obstacle(user, "its value heads mix positions of the sequence")
                     else:
-                        rows = tuple(stream.rows[row] for row in rows)
                         yield {**bound, symbol.index: Heads(user, rows, heads, kv_heads, head_dim)}, None
             yield bound, Obstacle(stream.node, "no attention takes it as its values")
 
@@ -213,6 +234,10 @@ class Sketch:
                 start = value_of(bound[written.index])
                 flow = follow(program, start, SCALE, copies_only=True, until=value_of(found))
                 obstacles = flow.obstacles + [Obstacle(r.node, "a linear reads it too") for r in flow.readers]
+                if entries(start, value_of(found)) > 1:
+                    obstacles = [*obstacles, Obstacle(value_of(found), "it enters twice")]
+            past = beside(bound[written.index]) if isinstance(bound[written.index], Stream) else None
+            obstacles = [*obstacles, past] if past is not None else obstacles
             yield bound, obstacles[0] if obstacles else None
 
         self.clauses.append(clause)
@@ -225,7 +250,11 @@ class Sketch:
             start = value_of(bound[written.index])
             flow = follow(program, start, SCALE, copies_only=True)
             whole = tuple(range(shape(start)[-1]))
-            moved = [Obstacle(r.node, "it reads the channels in another order") for r in flow.readers if r.labels != whole]
+            moved = [
+                Obstacle(r.node, "it reads the channels in another order")
+                for r in flow.readers
+                if r.labels != whole
+            ]
             obstacles = flow.obstacles + moved
             if not flow.readers:
                 obstacles.append(Obstacle(start, "no linear reads it"))
@@ -282,23 +311,6 @@ class ReadBy:
 def value_of(found: Any) -> fx.Node:
     """The value node that something bound stands for."""
     return found.node if isinstance(found, (Stream, ReadBy, Heads)) else found
-
-
-def feeding(program: Program, node: fx.Node) -> tuple[fx.Node, ...]:
-    """The linears from which a value is computed without another linear in between, within its part."""
-    seen: dict[fx.Node, None] = {}
-    queue, found = [node], []
-    while queue:
-        current = queue.pop(0)
-        if current in seen or current.meta.get("part") != node.meta.get("part"):
-            continue
-        seen[current] = None
-        leaf = program.leaf(current)
-        if leaf is not None and leaf.kind == "linear":
-            found.append(current)
-        else:
-            queue.extend(operands(current))
-    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -368,6 +380,7 @@ def fill(drawn: M, program: Program, bound: Binding) -> M:
 def typed(found: Any) -> Any:
     """A bound thing as a match holds it: sites for linears, norms and embeddings, node names for values."""
     if isinstance(found, Stream):
+        assert found.rows is not None, "a match holds channels in one order"
         return site(found.writer, found.rows)
     if isinstance(found, ReadBy):
         width = len(found.labels)

@@ -54,7 +54,8 @@ class Plan:
     def needs_data(self) -> bool:
         """Whether any unknown is solved on calibration data."""
         return any(
-            step.what.needs_training or any(slot.needs for rewrite in step.answer.rewrites for slot in rewrite.slots)
+            step.what.needs_training
+            or any(slot.needs for rewrite in step.answer.rewrites for slot in rewrite.slots)
             for step in self.steps
         )
 
@@ -121,7 +122,9 @@ def make_plan(
         bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
         facts = (facts - one.breaks) | one.provides
     problems += unused_rules(scheme, program)
-    plan = Plan(program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes)
+    plan = Plan(
+        program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes
+    )
     if not any(rewrite.claim is LOSSY for step in steps for rewrite in step.answer.rewrites) and not problems:
         notes += ("no linear is quantized: add linear_quant or autoround, or choose another --scheme",)
     return Plan(
@@ -134,7 +137,11 @@ def setting_at(chosen: Sequence[Pass], index: int, *, roles: Any, **rest: Any) -
     """What the pass at one place of a plan may know."""
     names = tuple(one.name for one in chosen)
     return Setting(
-        before=names[:index], after=names[index + 1 :], roles=roles, row_parallel=roles["row_parallel"], **rest
+        before=names[:index],
+        after=names[index + 1 :],
+        roles=roles,
+        row_parallel=roles["row_parallel"],
+        **rest,
     )
 
 
@@ -192,7 +199,9 @@ def unused_globs(one: Pass, program: Program) -> list[str]:
     for option in ("include", "exclude"):
         for glob in getattr(one, option, None) or ():
             if glob != "*" and not any(matches(name, (glob,)) for name in program.leaves):
-                problems.append(f"{one.name}: {option} {glob!r} matches nothing{suggest(glob, program.leaves)}")
+                problems.append(
+                    f"{one.name}: {option} {glob!r} matches nothing{suggest(glob, program.leaves)}"
+                )
     return problems
 
 
@@ -209,5 +218,7 @@ def unused_rules(scheme: Scheme, program: Program) -> list[str]:
 def suggest(glob: str, names: Iterable[str]) -> str:
     """``; did you mean '*.down_proj'?``: the glob with its last component spelled as a module is."""
     head, dot, last = glob.rpartition(".")
-    close = difflib.get_close_matches(last.strip("*"), sorted({name.rpartition(".")[2] for name in names}), n=1)
+    close = difflib.get_close_matches(
+        last.strip("*"), sorted({name.rpartition(".")[2] for name in names}), n=1
+    )
     return f"; did you mean {head + dot + close[0]!r}?" if close else ""

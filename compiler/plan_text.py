@@ -16,7 +16,9 @@ def plan_text(plan: Plan, *, cost: Cost | None = None, calibration: str | None =
         lines += step_lines(step)
     lines.append("")
     lines += [f"{label + ':':22}{value}" for label, value in cost.rows()]
-    lines.append(f"{'target:':22}{plan.target.name}, scheme {plan.scheme.name}, tp {plan.tp}, seed {plan.seed}")
+    lines.append(
+        f"{'target:':22}{plan.target.name}, scheme {plan.scheme.name}, tp {plan.tp}, seed {plan.seed}"
+    )
     if calibration is not None:
         lines.append(f"{'calibration tokens:':22}sha256 {calibration}")
     lines += [f"note: {note}" for note in plan.notes]
@@ -40,7 +42,9 @@ def step_lines(step: Step) -> list[str]:
         found[rewrite.pattern] = found.get(rewrite.pattern, 0) + 1
     shown = ", ".join(f"{count} {pattern.replace('_', '-')}" for pattern, count in found.items()) or "no site"
     lines = [f"{step.index + 1:3}. {step.what!s:42} {shown:32} {step.what.claim.name.lower()}"]
-    inserted = [edit for rewrite in step.answer.rewrites for edit in rewrite.edits if edit.verb.name == "WRAP"]
+    inserted = [
+        edit for rewrite in step.answer.rewrites for edit in rewrite.edits if edit.verb.name == "WRAP"
+    ]
     if inserted:
         kinds = sorted({str(edit.operand) for edit in inserted})
         lines.append(f"     inserts {len(inserted)} online rotations: {', '.join(kinds)}")

@@ -120,8 +120,10 @@ def norm(graph: fx.Graph, parameters: Mapping[str, tuple[int, ...]]) -> Norm | N
             width=width,
         )
         for scale in (1e-3, 1.0, 30.0):
-            x, weight, bias = scale * draw(*lead, width) + scale, draw(*(parameters.get("weight") or (1,))), draw(
-                *(parameters.get("bias") or (1,))
+            x, weight, bias = (
+                scale * draw(*lead, width) + scale,
+                draw(*(parameters.get("weight") or (1,))),
+                draw(*(parameters.get("bias") or (1,))),
             )
             got, want = run(x, weight, bias), formula(x, found, weight, bias)
             if not (got - want).norm() <= TIGHT * want.norm():

@@ -32,5 +32,8 @@ def shown() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=console) as bar:
         task = bar.add_task("capture", total=None)
         yield lambda progress: bar.update(
-            task, total=progress.total, completed=progress.index, description=f"{progress.part}: {progress.what}"
+            task,
+            total=progress.total,
+            completed=progress.index,
+            description=f"{progress.part}: {progress.what}",
         )

@@ -53,7 +53,9 @@ class Prover:
     def prologue(self, rowwise: Mapping[str, RowwiseTensor]) -> None:
         """Place the token ids at the entrance. Of a large embedding only the rows in use are looked at."""
         ids = self.ids
-        tables = [rows for rows in rowwise.values() if self.plan.program.leaves[rows.module].kind == "embedding"]
+        tables = [
+            rows for rows in rowwise.values() if self.plan.program.leaves[rows.module].kind == "embedding"
+        ]
         if len(tables) == 1 and self._only_embedded(tables[0].module):
             used, ids = torch.unique(self.ids, return_inverse=True)
             tables[0].sample = used
@@ -81,7 +83,12 @@ class Prover:
         return Proved(part, result, result)
 
     def prove(
-        self, proved: Proved, step: Step, rewrite: Rewrite, tensors: Mapping[str, Tensor], values: Mapping[Slot, Any]
+        self,
+        proved: Proved,
+        step: Step,
+        rewrite: Rewrite,
+        tensors: Mapping[str, Tensor],
+        values: Mapping[Slot, Any],
     ) -> Certificate:
         """Prove one rewrite of a part on the state before it, or stop with NotEquivalent."""
         program, bases = self._after(step)
@@ -115,7 +122,9 @@ class Prover:
                 noisy = F.linear(fake_act(x[:1], schemes[name], q), dequantize(q.weight, q.scale.to(x.dtype)))
                 noise = float((noisy - y[:1]).pow(2).sum())
                 signal = float(y[:1].pow(2).sum())
-                found[name] = 10 * float(torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
+                found[name] = (
+                    10 * float(torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
+                )
             return y if bias is None else y + bias.to(x.dtype)
 
         program, bases = self.plan.final, self.plan.bases

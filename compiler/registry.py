@@ -21,7 +21,9 @@ def names(group: str) -> dict[str, EntryPoint]:
         other = found.get(point.name)
         if other is not None and other.value != point.value:
             owners = " and ".join(sorted({package(other), package(point)}))
-            raise Refused(f"{group[:-1]} {point.name!r} is registered twice, by {owners}: uninstall one of them")
+            raise Refused(
+                f"{group[:-1]} {point.name!r} is registered twice, by {owners}: uninstall one of them"
+            )
         found[point.name] = point
     if not found:
         raise Refused(f"no {group} are registered: qc is not installed (pip install -e . in its directory)")
@@ -37,7 +39,9 @@ def get(group: str, name: str) -> Any:
     """Import what is registered under a name; Refused with suggestions when there is no such name."""
     point = names(group).get(name)
     if point is None:
-        raise Refused(unknown(group[:-1].removesuffix("e") if group == "passes" else group[:-1], name, names(group)))
+        raise Refused(
+            unknown(group[:-1].removesuffix("e") if group == "passes" else group[:-1], name, names(group))
+        )
     return point.load()
 
 

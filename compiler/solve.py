@@ -98,7 +98,11 @@ class _PartSolver:
             source.check_finite(name, tensor)
             module = name.rpartition(".")[0]
             leaf = program.leaves.get(module)
-            if not self.is_block and leaf is not None and is_rowwise(leaf, name, tensor, edits.get(module, ())):
+            if (
+                not self.is_block
+                and leaf is not None
+                and is_rowwise(leaf, name, tensor, edits.get(module, ()))
+            ):
                 self.rowwise[name] = RowwiseTensor(module, name, tensor)
                 continue
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
@@ -116,13 +120,17 @@ class _PartSolver:
         for work in self.work:
             if not work.rewrites:
                 continue
-            solver.report(Progress(self.part.name, self.part.index, len(self.plan.program.parts), work.step.what.name))
+            solver.report(
+                Progress(self.part.name, self.part.index, len(self.plan.program.parts), work.step.what.name)
+            )
             view = self._view(work)
             for rewrite in work.rewrites:
                 values = dict(work.step.what.solve(rewrite, view))
                 check_values(rewrite, values)
                 if rewrite.claim is EXACT:
-                    certificate = solver.prover.prove(proved, work.step, rewrite, self._proof_tensors(), values)
+                    certificate = solver.prover.prove(
+                        proved, work.step, rewrite, self._proof_tensors(), values
+                    )
                     solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate)
                 else:
                     solver.journal.changed(self.part.name, rewrite, rewrite.edits)
@@ -151,7 +159,10 @@ class _PartSolver:
         """Float32 tensors, large tables reduced to the rows that proofs look at."""
         if not self.rowwise:
             return self.tensors
-        return {**self.tensors, **{name: rows.sampled(self.plan.program) for name, rows in self.rowwise.items()}}
+        return {
+            **self.tensors,
+            **{name: rows.sampled(self.plan.program) for name, rows in self.rowwise.items()},
+        }
 
     def _view(self, work: Work) -> BlockView:
         statistics: dict[Statistic, Tensor] = {}
@@ -160,7 +171,9 @@ class _PartSolver:
             observers = Observers(wanted)
             self._run_float(work.step, observers)
             statistics = observers.results()
-        view = BlockView(self.part.name, self.tensors, statistics, self.plan.dtype, self.plan.seed, self.quantized)
+        view = BlockView(
+            self.part.name, self.tensors, statistics, self.plan.dtype, self.plan.seed, self.quantized
+        )
         if work.step.what.needs_training:
             self._training(view, work.step)
         return view
@@ -197,7 +210,9 @@ class _PartSolver:
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]
         view.report = lambda text: solver.report(
-            Progress(self.part.name, self.part.index, len(self.plan.program.parts), f"{step.what.name} {text}")
+            Progress(
+                self.part.name, self.part.index, len(self.plan.program.parts), f"{step.what.name} {text}"
+            )
         )
 
     def schemes_of(self, step: Step) -> list[str]:
@@ -295,7 +310,9 @@ def own_names(program: Program, part: Part) -> list[str]:
 
 def main_value(outputs: Mapping[str, Any], plan: Plan) -> str:
     """The name of the hidden state among the outputs of a block."""
-    floats = [name for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    floats = [
+        name for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()
+    ]
     if len(floats) != 1:
         raise Failed(f"a block hands on {len(floats)} float values; training needs exactly one")
     return floats[0]
@@ -312,7 +329,9 @@ def check_values(rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
         value = values.get(slot)
         if value is None:
             raise Failed(f"{rewrite.pass_name} at {rewrite.where}: {slot.name} was not solved")
-        tensors: Iterable[Tensor] = (value.weight, value.scale) if isinstance(value, QuantizedLinear) else (value,)
+        tensors: Iterable[Tensor] = (
+            (value.weight, value.scale) if isinstance(value, QuantizedLinear) else (value,)
+        )
         for tensor in tensors:
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise Failed(

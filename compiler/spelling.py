@@ -88,7 +88,9 @@ def build(make: Any, name: str, options: dict[str, str], fields: Sequence[tuple[
     values = {}
     for key, text in options.items():
         if key not in kinds:
-            raise Refused(registry.unknown(f"option of {name}", key, kinds) if kinds else f"{name} has no options")
+            raise Refused(
+                registry.unknown(f"option of {name}", key, kinds) if kinds else f"{name} has no options"
+            )
         try:
             values[key] = convert(text, kinds[key])
         except ValueError as error:

@@ -78,7 +78,8 @@ def needed_after(program: Program) -> dict[int, frozenset[str]]:
         for node in inputs_of(program, part):
             readers[node.name] = max(readers.get(node.name, -1), part.index)
     return {
-        part.index: frozenset(name for name, last in readers.items() if last > part.index) for part in program.parts
+        part.index: frozenset(name for name, last in readers.items() if last > part.index)
+        for part in program.parts
     }
 
 
@@ -99,5 +100,3 @@ def prologue(
         stream.batches.append({**inputs, **values})
     stream.share()
     return stream
-
-

@@ -204,9 +204,13 @@ def outline(program: Program, layers: int) -> str:
     """The text of a program's first layers up to sizes and counts, to compare a model with its twin."""
     sizes = _sizes(program)
     roots = {round(v, 9) for s in sizes if s for v in (s**-0.5, s**0.5, 1 / s)}
-    kept = [text(program, part=part) for part in (program.parts[0], *program.blocks[:layers], program.parts[-1])]
+    kept = [
+        text(program, part=part) for part in (program.parts[0], *program.blocks[:layers], program.parts[-1])
+    ]
     words = []
-    for word in "\n".join(kept).replace("[", " [ ").replace("]", " ] ").replace(",", " , ").replace(")", " )").split():
+    for word in (
+        "\n".join(kept).replace("[", " [ ").replace("]", " ] ").replace(",", " , ").replace(")", " )").split()
+    ):
         try:
             number = float(word)
         except ValueError:

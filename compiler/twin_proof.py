@@ -45,7 +45,9 @@ def prove_on_twin(plan: Plan) -> str:
     if refused:
         return f"not proved on the twin: {refused[0]}"
     source = dict(twin.source.load(twin.source.names()))
-    before = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in source.items()}
+    before = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in source.items()
+    }
     error = difference(twin, before, small)
     names = ", ".join(one.name for one in exact)
     if not error < LIMIT:
@@ -65,7 +67,8 @@ def difference(twin: Program, before: Mapping[str, Tensor], small: Plan) -> floa
     for step in small.steps:
         for rewrite in step.answer.rewrites:
             values: dict[Slot, Any] = {
-                slot: torch.rand(slot.shape, generator=generator, dtype=torch.float64) + 0.5 for slot in rewrite.slots
+                slot: torch.rand(slot.shape, generator=generator, dtype=torch.float64) + 0.5
+                for slot in rewrite.slots
             }
             state = dict(after)
             for module, edits in by_module(rewrite.edits).items():
@@ -75,7 +78,9 @@ def difference(twin: Program, before: Mapping[str, Tensor], small: Plan) -> floa
     ids = torch.randint(0, high, TOKENS, generator=generator)
     mask = torch.ones_like(ids)
     mask[0, : TOKENS[1] // 3] = 0
-    want, got = (logits(program, tensors, ids, mask) for program, tensors in ((twin, before), (small.final, after)))
+    want, got = (
+        logits(program, tensors, ids, mask) for program, tensors in ((twin, before), (small.final, after))
+    )
     keep = mask.bool()
     return float(torch.linalg.vector_norm((got - want)[keep]) / torch.linalg.vector_norm(want[keep]))
 

@@ -88,7 +88,11 @@ def back(name: str, value: Any, bases: Sequence[Basis]) -> Any:
 
 
 def outcome(
-    program: Program, part: Part, tensors: Mapping[str, Tensor], env: Mapping[str, Any], bases: Sequence[Basis]
+    program: Program,
+    part: Part,
+    tensors: Mapping[str, Tensor],
+    env: Mapping[str, Any],
+    bases: Sequence[Basis],
 ) -> dict[str, Tensor]:
     """What a part computes in float64, by name, in the original basis; ``env`` is in the original basis too."""
     nodes = {node.name: node for node in inputs_of(program, part)}

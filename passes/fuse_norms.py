@@ -34,19 +34,21 @@ class FuseNorms(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per norm that nothing but linears reads."""
-        rewrites = []
+        rewrites, left = [], []
         for match in norm_linear.find(program):
             facts = program.leaves[match.norm.module].norm
             assert facts is not None
+            if facts.bias:
+                left.append(match.norm.module)
+                continue
             gain = Gain(match.norm.module, facts.offset)
             edits = [Edit(Verb.SCALE_IN, reader, gain) for reader in match.readers]
-            rewrites.append(
-                Rewrite(self.name, "norm_linear", match.norm.module, (*edits, Edit(Verb.SET_UNIT, match.norm)), EXACT)
-            )
-        if not rewrites:
-            miss = norm_linear.nearest(program)
-            found = f"the nearest, {miss.at}: {miss.reason}" if miss else "it has no norm with a gain"
-            return Answer((), problems=(f"no norm of this model is read by linears alone; {found}",))
-        return Answer(tuple(rewrites))
-
-
+            edits.append(Edit(Verb.SET_UNIT, match.norm))
+            rewrites.append(Rewrite(self.name, "norm_linear", match.norm.module, tuple(edits), EXACT))
+        if left:
+            return Answer(tuple(rewrites), notes=(f"{len(left)} norms have a bias and stay: first {left[0]}",))
+        if rewrites:
+            return Answer(tuple(rewrites))
+        miss = norm_linear.nearest(program)
+        why = f"nearest, {miss.at}: {miss.reason}" if miss is not None else "no norm of this model has a gain"
+        return Answer((), notes=(f"no site: {why}",))

@@ -48,7 +48,9 @@ class IterSmooth(Pass):
     """
 
     name = "iter_smooth"
-    summary = "move activation outliers into weights through norm-linear, o-v, up-down and linear-linear sites"
+    summary = (
+        "move activation outliers into weights through norm-linear, o-v, up-down and linear-linear sites"
+    )
     patterns = (up_down, ov, linear_linear, norm_linear)
     requires = frozenset()
     provides = frozenset({Fact.SMOOTHED})
@@ -79,7 +81,9 @@ class IterSmooth(Pass):
             raise ValueError(f"scale_min={self.scale_min}: it must be positive")
         unknown = set(self.enable_subgraph_type or ()) - set(TYPES)
         if unknown:
-            raise ValueError(f"enable_subgraph_type={'+'.join(sorted(unknown))}: types are {', '.join(TYPES)}")
+            raise ValueError(
+                f"enable_subgraph_type={'+'.join(sorted(unknown))}: types are {', '.join(TYPES)}"
+            )
         if self.group_method not in ("max", "mean"):
             raise ValueError(f"group_method={self.group_method}: it is max or mean")
 
@@ -117,7 +121,12 @@ class IterSmooth(Pass):
                 yield match.up, (match.down,), None, "up-down"
         if ov in taken:
             for match in ov.find(program):
-                yield match.v, (match.o,), (match.kv_heads, match.head_dim, match.heads // match.kv_heads), "ov"
+                yield (
+                    match.v,
+                    (match.o,),
+                    (match.kv_heads, match.head_dim, match.heads // match.kv_heads),
+                    "ov",
+                )
         if linear_linear in taken:
             for match in linear_linear.find(program):
                 yield match.first, (match.second,), None, "linear-linear"
@@ -137,7 +146,11 @@ class IterSmooth(Pass):
         self, program: Program, writer: Site, readers: tuple[Site, ...],
         heads: tuple[int, int, int] | None, type_name: str,
     ) -> Rewrite:  # fmt: skip
-        channels = heads[0] * heads[1] if heads else len(readers[0].channels or range(width_in(program, readers[0].module)))
+        channels = (
+            heads[0] * heads[1]
+            if heads
+            else len(readers[0].channels or range(width_in(program, readers[0].module)))
+        )
         absmax = Statistic("range" if self._shifts(type_name) else "absmax", readers[0].module)
         slot = Slot(f"{writer.module}/{type_name}/scale", (channels,), (absmax,))
         spread = {"groups": heads[:2], "repeat": heads[2]} if heads else {}
@@ -166,7 +179,9 @@ class IterSmooth(Pass):
             values[slots["shift"]] = shift
             observed = torch.maximum(observed[1] - shift, shift - observed[0])
         act = _ordered(observed, readers[0].site)
-        weight = torch.stack([_ordered(view.weight(e.site.module).abs().amax(0), e.site) for e in readers]).amax(0)
+        weight = torch.stack(
+            [_ordered(view.weight(e.site.module).abs().amax(0), e.site) for e in readers]
+        ).amax(0)
         if operand.groups is not None and self.group_method == "max":
             act, weight = _joined(act, operand, torch.amax), _joined(weight, operand, torch.amax)
         scale = act**self.alpha / weight.clamp(min=1e-5) ** (1 - self.alpha)

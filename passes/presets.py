@@ -15,4 +15,3 @@ def quarot(online: bool = False, block_size: int = -1) -> tuple[Pass, ...]:
         FuseNorms(), RotateResidual(block_size=block_size), RotateHeads(block_size=block_size),
     )  # fmt: skip
     return (*passes, OnlineRotation()) if online else passes
-

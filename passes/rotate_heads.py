@@ -53,5 +53,7 @@ class RotateHeads(Pass):
         notes: tuple[str, ...] = ()
         if not rewrites and not problems:
             miss = ov_heads.nearest(program)
-            notes = (f"no site. {miss.at}: {miss.reason}" if miss else "no site: no linear feeds an attention",)
+            notes = (
+                f"no site. {miss.at}: {miss.reason}" if miss is not None else "no site: no linear feeds an attention",
+            )
         return Answer(tuple(rewrites), notes, tuple(problems))

@@ -47,7 +47,7 @@ class RotateResidual(Pass):
         matches = residual.find(program)
         if not matches:
             miss = residual.nearest(program)
-            where = f"{miss.at}: {miss.reason}" if miss else "the model has no embedding"
+            where = f"{miss.at}: {miss.reason}" if miss is not None else "the model has no embedding"
             return Answer((), problems=(f"the residual stream can not be rotated. {where}",))
         space = matches[0].space
         width = width_in(program, str(space.readers[0].target))

@@ -37,7 +37,9 @@ def plan(
         seed: Of everything random.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
     """
-    options = engine.Options(scheme=scheme, target=target, tp=tp, seed=seed, trust_remote_code=trust_remote_code)
+    options = engine.Options(
+        scheme=scheme, target=target, tp=tp, seed=seed, trust_remote_code=trust_remote_code
+    )
     return engine.plan(model, passes, options)
 
 

@@ -119,14 +119,24 @@ def export(
     return tmp_path / "out"
 
 
-def check(directory: Path) -> tuple[list[str], list[str]]:
-    """Errors and warnings of the harness."""
+HARNESS = """
+import importlib, json, logging, sys
+sys.path.insert(0, sys.argv[1])
+tool = importlib.import_module(sys.argv[2])
+logging.disable(logging.CRITICAL)
+server = tool.install(sys.argv[3])
+print(json.dumps({path: tool.check(server, path) for path in sys.argv[4:]}))
+"""
+
+
+def judge(directories: list[Path]) -> dict[Path, tuple[list[str], list[str]]]:
+    """Errors and warnings of the harness; one process for all, because it starts slowly."""
     assert TOOL
     assert SERVER
-    command = [sys.executable, TOOL, "--src", SERVER, "check", str(directory), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["errors"], found["warnings"]
+    tool = Path(TOOL)
+    command = [sys.executable, "-c", HARNESS, str(tool.parent), tool.stem, SERVER, *map(str, directories)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return {Path(path): verdict for path, verdict in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 MIXED = {"gate_proj": W4A4, "up_proj": W4A4, "": W8A8}
@@ -142,25 +152,38 @@ CASES = {
 }
 
 
+def spoil(out: Path) -> None:
+    """One shard of a fused linear gets another type."""
+    path = out / "quant_model_description.json"
+    description = json.loads(path.read_text())
+    description["model.layers.0.self_attn.k_proj.weight"] = "W8A8"
+    path.write_text(json.dumps(description))
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], list[str]]]:
+    """What the server's classes say of every case, and of one that is spoiled."""
+    outs: dict[str, Path] = {}
+    for case, (family, schemes, options) in {**CASES, "spoiled": ("qwen3", {"": W8A8}, {})}.items():
+        config = DENSE[family]()
+        config.intermediate_size = 128
+        outs[case] = export(config, tmp_path_factory.mktemp("case"), schemes, **options)
+    spoil(outs["spoiled"])
+    found = judge(list(outs.values()))
+    return {case: found[out] for case, out in outs.items()}
+
+
 @needs_server
 @pytest.mark.parametrize("case", CASES)
-def test_the_server_loads_it(case: str, tmp_path: Path) -> None:
-    family, schemes, options = CASES[case]
-    config = DENSE[family]()
-    config.intermediate_size = 128
-    errors, warnings = check(export(config, tmp_path, schemes, **options))
+def test_the_server_loads_it(case: str, verdicts: dict[str, tuple[list[str], list[str]]]) -> None:
+    errors, warnings = verdicts[case]
     assert errors == []
     assert [w for w in warnings if "float32 copied into" not in w] == []
 
 
 @needs_server
-def test_the_harness_finds_what_is_wrong(tmp_path: Path) -> None:
-    out = export(DENSE["qwen3"](), tmp_path, {"": W8A8})
-    path = out / "quant_model_description.json"
-    description = json.loads(path.read_text())
-    description["model.layers.0.self_attn.k_proj.weight"] = "W8A8"
-    path.write_text(json.dumps(description))
-    errors, _ = check(out)
+def test_the_harness_finds_what_is_wrong(verdicts: dict[str, tuple[list[str], list[str]]]) -> None:
+    errors, _ = verdicts["spoiled"]
     assert any("Not all shards" in error for error in errors)
 
 

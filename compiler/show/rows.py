@@ -128,7 +128,11 @@ def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
             continue
         args = ", ".join(
             [_spell(a, names, sizes) for a in node.args]
-            + [f"{k}={_spell(v, names, sizes)}" for k, v in node.kwargs.items() if k not in ("device", "pin_memory")]
+            + [
+                f"{k}={_spell(v, names, sizes)}"
+                for k, v in node.kwargs.items()
+                if k not in ("device", "pin_memory")
+            ]
         )
         note = str(node.meta.get("note", ""))
         if node.op == "output":

@@ -26,7 +26,9 @@ def text(program: Program, *, layer: int | None = None, part: Part | None = None
             raise IndexError(f"layer {layer} of a model with layers 0..{len(blocks) - 1}")
         part = blocks[layer]
     if part is not None:
-        return "\n".join([part.name, *_bindings(program, [part], sizes), *_lines(program, part, sizes)]) + "\n"
+        return (
+            "\n".join([part.name, *_bindings(program, [part], sizes), *_lines(program, part, sizes)]) + "\n"
+        )
     out: list[str] = []
     for group in _groups(program, sizes):
         out += ["", _title(group)] if out else [_title(group)]
@@ -95,7 +97,9 @@ def _bindings(program: Program, group: list[Part], sizes: Sizes) -> list[str]:
             near = origin == part.index - 1 and origin > 0
             where = "before" if near else parts[origin].name
             label = f"in{i}: {sizes.type(source.meta['val'])}"
-            found.setdefault(label, {}).setdefault(f"{where}.{named[origin][source]}", []).append(_number(part))
+            found.setdefault(label, {}).setdefault(f"{where}.{named[origin][source]}", []).append(
+                _number(part)
+            )
     lines = []
     for label, origins in found.items():
         said = [o if len(origins) == 1 else f"{o} in {_span(n)}" for o, n in origins.items()]
