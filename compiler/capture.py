@@ -20,6 +20,7 @@ from .export_module import export_graph
 from .fold import fold
 from .program import Program, WeightSource
 from .source import InMemory, ShapesOnly
+from .templates import expand, marked
 from .weights import Checkpoint
 
 EXAMPLE = (2, 7)
@@ -98,8 +99,7 @@ def capture_subject(
     what: Subject, *, example: Mapping[str, Tensor] | None = None, source: WeightSource | None = None
 ) -> Program:
     """Capture without comparing: see ``capture``."""
-    owner, exported, notes = _export(what, example)
-    graph, made = canonical(exported, "model.", owner)
+    owner, graph, made, notes = _export(what, example)
     lost = sorted(name for name, tensor in made.items() if tensor.device.type == "meta")
     if lost:
         raise Refused(
@@ -142,25 +142,25 @@ def _has_weights(path: Path) -> bool:
 
 def _export(
     what: Subject, example: Mapping[str, Tensor] | None
-) -> tuple[nn.Module, fx.GraphModule, list[str]]:
+) -> tuple[nn.Module, fx.Graph, dict[str, Tensor], list[str]]:
     """Export with the attention op, or else with the fused attention, or else with the written-out one."""
     hosted = what.module is None or isinstance(what.module, PreTrainedModel)
     failures: list[tuple[str, Exception]] = []
     for implementation in (NAME, "sdpa", "eager") if hosted else (None,):
         try:
             owner = what.on_meta(implementation)
-            exported = _trace(owner, example)
+            graph, made = _trace(owner, example)
         except Refused:
             raise
         except Exception as error:  # whatever the model's own code, transformers or the exporter raises
             failures.append((implementation or "as it is", error))
             continue
         notes = [f"attention was not captured as {tried}: {reason(error)}" for tried, error in failures]
-        if implementation == NAME and not exported.graph.find_nodes(
+        if implementation == NAME and not graph.find_nodes(
             op="call_function", target=torch.ops.qc.attention.default
         ):
             notes.append("the model does not use the attention interface: its attention is inline")
-        return owner, exported, notes
+        return owner, graph, made, notes
     tried = "\n".join(f"  with attention {name}: {reason(error)}" for name, error in failures)
     raise Refused(
         f"the model cannot be traced:\n{tried}\n"
@@ -175,7 +175,22 @@ def reason(error: Exception) -> str:
     return f"{name}{text[:200]}"
 
 
-def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphModule:
+def _trace(
+    owner: nn.Module, example: Mapping[str, Tensor] | None
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The canonical graph of a model on meta: one layer of each kind traced, or all where that does not do."""
+    try:
+        with marked(owner) as stack:
+            exported = _exported(owner, example)
+        graph, made = canonical(exported, "model.", owner)
+        return (expand(graph, stack, owner) if stack else graph), made
+    except Refused:
+        raise
+    except Exception:  # marks change what runs: whatever stops them, the model by itself decides
+        return canonical(_exported(owner, example), "model.", owner)
+
+
+def _exported(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphModule:
     ids = torch.zeros(EXAMPLE, dtype=torch.int64, device="meta")
     if example is not None:
         unknown = set(example) - {"input_ids", "attention_mask"}
@@ -185,9 +200,7 @@ def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphMo
     elif isinstance(owner, PreTrainedModel):
         wrapper = Logits(owner)
     else:
-        raise Refused(
-            "a module that is no transformers model needs example inputs: example={'input_ids': ...}"
-        )
+        raise Refused("a module that is no transformers model needs example inputs: example={'input_ids': ...}")
     axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = export_graph(wrapper.eval(), (ids, torch.ones_like(ids)), (axes, axes))
     _check_open(exported)

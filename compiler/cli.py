@@ -14,8 +14,9 @@ from .errors import Failed, Refused
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed while working, 2 refused."""
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, words = parser.parse_known_args(argv)
     try:
+        check_words(parser, args, words)
         return args.run(args) or 0
     except Refused as error:
         print(f"qc: {error}", file=sys.stderr)
@@ -25,6 +26,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except BrokenPipeError:
         return 1
+
+
+def check_words(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Refuse words that no option takes, and say so when a shell made them by expanding braces."""
+    if any(word.startswith("-") for word in words):
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
+    if not words:
+        return
+    if any("=" in word for word in (*words, str(getattr(args, "model", "")))):
+        raise Refused(
+            f"unexpected words {' '.join(words)}: the shell has expanded the braces of --passes. "
+            'Quote the list: --passes "iter_smooth{alpha=0.7, scale_min=1e-4},quarot"'
+        )
+    raise Refused(f"unexpected words: {' '.join(words)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -95,20 +110,12 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
-    command.add_argument("expanded", nargs="*", help=argparse.SUPPRESS)
 
 
 def options_of(args: argparse.Namespace) -> Any:
     """The engine's options from parsed arguments."""
     from .compile import Options
 
-    if args.expanded:
-        if any("=" in word for word in args.expanded):
-            raise Refused(
-                f"unexpected words {' '.join(args.expanded)}: the shell has expanded the braces of --passes. "
-                'Quote the list: --passes "iter_smooth{alpha=0.7, scale_min=1e-4},quarot"'
-            )
-        raise Refused(f"unexpected words: {' '.join(args.expanded)}")
     return Options(
         scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,

@@ -134,6 +134,10 @@ class Pass(ABC):
         """The patterns that this instance will ask for, standing where it stands."""
         return self.patterns
 
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The modules among which its globs choose."""
+        return program.leaves
+
     @abstractmethod
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """Answer the program's matches with edits. Nothing is changed here and no weight is read."""

@@ -50,7 +50,9 @@ class Cost:
 
 def size(count: int) -> str:
     """Bytes for people."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def cost_of(plan: Plan) -> Cost:

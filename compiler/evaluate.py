@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from .calibration import read_texts
 from .calibration import windows as cut
 from .errors import Refused
+from .half_linear import HalfLinear, has_half_units
 from .load import load, load_tokenizer
 
 ROWS = 128
@@ -106,7 +108,8 @@ def evaluate(
             f"{path} has a vocabulary of {sizes[0]}, {reference} one of {sizes[1]}: not the same model"
         )
     quantized, original = ((lambda ids, m=m: m(input_ids=ids, use_cache=False).logits) for m in models)
-    return compare(quantized, original, tokens)
+    with nullcontext() if has_half_units() else HalfLinear():
+        return compare(quantized, original, tokens)
 
 
 @torch.no_grad()

@@ -341,7 +341,7 @@ def feeding(program: Program, node: fx.Node) -> tuple[fx.Node, ...]:
         if leaf is not None and leaf.kind == "linear":
             found.append(current)
         else:
-            queue.extend(operands(current))
+            queue.extend(operand for operand in current.all_input_nodes if not symbolic(operand))
     return tuple(found)
 
 

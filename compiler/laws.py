@@ -86,9 +86,21 @@ def layout(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Pass
         return Passes()
     if not isinstance(node.meta.get("val"), torch.Tensor) or shape(node)[-1:] != shape(operand)[-1:]:
         return Blocks("the channel axis is cut or moved")
-    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, *ROW_LAYOUT):
+    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
+        return Passes()
+    if node.target in ROW_LAYOUT and _on_rows(node, len(shape(operand))):
         return Passes()
     return Blocks("the channel axis may have moved")
+
+
+def _on_rows(node: fx.Node, axes: int) -> bool:
+    """Whether a slice, selection or squeeze of a value with so many axes leaves the last one alone."""
+    where: Any = node.args[1] if len(node.args) > 1 else 0
+    if node.target is aten.index.Tensor:
+        return len(where) < axes
+    if node.target is aten.unsqueeze.default:
+        return where % (axes + 1) < axes
+    return where % axes < axes - 1
 
 
 def add(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:

@@ -74,7 +74,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a directory, as transformers makes it; Refused where it can read none."""
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        here = Path(path).is_dir()
+        return AutoTokenizer.from_pretrained(path, local_files_only=here, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise Refused(

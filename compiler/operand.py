@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..runtime.hadamard import hadamard, random_hadamard, random_orthogonal
+from ..runtime.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
 from .scheme import LinearScheme
 
 
@@ -106,9 +106,8 @@ class Hadamard:
 @lru_cache(maxsize=16)
 def factors(order: int) -> tuple[Tensor, Tensor]:
     """H of ``order`` as ``left ⊗ right`` (±1, float64), ``right`` the largest power of two up to 256 that fits."""
-    power = 1
-    while order % (2 * power) == 0 and power < 256 and ((rest := order // (2 * power)) <= 2 or rest % 4 == 0):
-        power *= 2
+    fitting = (2**k for k in range(9) if order % 2**k == 0)
+    power = max(power for power in fitting if has_hadamard(order // power))
     return hadamard(order // power), hadamard(power)
 
 

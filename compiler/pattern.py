@@ -27,6 +27,7 @@ from .flow import (
     feeding,
     follow,
     heads_first,
+    ordered,
     space,
     streams,
 )
@@ -357,11 +358,7 @@ def place(program: Program, node: fx.Node) -> str:
     """The qualified module that a node belongs to, or its name."""
     if node.op == "call_module":
         return str(node.target)
-    stack = node.meta.get("nn_module_stack")
-    if stack:
-        name = list(stack.values())[-1][0]
-        return name.removeprefix("L['self'].") or node.name
-    return node.name
+    return str(node.meta.get("module", "")).partition("@")[0] or node.name
 
 
 def fill(drawn: M, program: Program, bound: Binding) -> M:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -115,13 +115,14 @@ def make_plan(
         else:
             answer = one.rewrite(current, setting)
         problems += [f"{one.name}: {problem}" for problem in answer.problems]
-        problems += unused_globs(one, current)
+        problems += unused_globs(one, current, setting)
         problems += after_quantizer(one, answer, current)
         steps.append(Step(index, one, answer, current, bases))
         current = rewritten(current, answer.rewrites)
         bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
         facts = (facts - one.breaks) | one.provides
-    problems += unused_rules(scheme, program)
+    problems = folded(problems + unused_rules(scheme, program))
+    notes += remarks(program, scheme, roles)
     plan = Plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes
     )
@@ -131,6 +132,41 @@ def make_plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed,
         (*problems, *target.problems(plan)), (*notes, *target.notes(plan)),
     )  # fmt: skip
+
+
+def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
+    """What a scheme does to this model that its name does not say."""
+    found = []
+    if any(rule.role == "gated" for rule in scheme.rules) and not roles["gated"]:
+        others = dict.fromkeys(str(rule.scheme) for rule in scheme.rules if rule.role is None)
+        found.append(
+            f"scheme {scheme.name}: the model has no gated product, so every block linear is {', '.join(others)}"
+        )
+    blocks = {part.index for part in program.blocks}
+    boxes = [
+        str(node.target)
+        for node in program.graph.nodes
+        if node.meta.get("part") in blocks
+        and node.op == "get_attr"
+        and node.target not in program.constants
+        and node.meta["val"].dim() > 1
+    ]
+    if scheme.rules and boxes:
+        found.append(f"{len(boxes)} matrices that no linear holds stay float: {boxes[0]} is the first")
+    return tuple(found)
+
+
+def folded(problems: Iterable[str]) -> list[str]:
+    """Problems that differ in their site alone, told once: ``pass: site and 3 more alike: why``."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for problem in problems:
+        name, _, rest = problem.partition(": ")
+        site, _, why = rest.partition(": ")
+        alike.setdefault((name, why or rest), []).append(site if why else "")
+    return [
+        f"{name}: " + (f"{first}{f' and {len(more)} more alike' if more else ''}: {why}" if first else why)
+        for (name, why), (first, *more) in alike.items()
+    ]
 
 
 def setting_at(chosen: Sequence[Pass], index: int, *, roles: Any, **rest: Any) -> Setting:
@@ -193,26 +229,36 @@ def after_quantizer(one: Pass, answer: Answer, current: Program) -> list[str]:
     ]
 
 
-def unused_globs(one: Pass, program: Program) -> list[str]:
-    """Globs of a pass that match no module of the program."""
+def unused_globs(one: Pass, program: Program, setting: Setting) -> list[str]:
+    """Globs of a pass that choose none of the modules that it works on."""
     problems = []
     for option in ("include", "exclude"):
-        for glob in getattr(one, option, None) or ():
-            if glob != "*" and not any(matches(name, (glob,)) for name in program.leaves):
-                problems.append(
-                    f"{one.name}: {option} {glob!r} matches nothing{suggest(glob, program.leaves)}"
-                )
+        globs = [glob for glob in getattr(one, option, None) or () if glob != "*"]
+        names = list(one.named(program, setting)) if globs else []
+        problems += [f"{one.name}: {option} {why}" for glob in globs if (why := unused(glob, names, program))]
     return problems
 
 
 def unused_rules(scheme: Scheme, program: Program) -> list[str]:
-    """Globs of a scheme that match no module of the program."""
-    globs = [glob for rule in scheme.rules for glob in (*rule.include, *rule.exclude) if glob != "*"]
-    return [
-        f"scheme {scheme.name}: {glob!r} matches nothing{suggest(glob, program.leaves)}"
-        for glob in globs
-        if not any(matches(name, (glob,)) for name in program.leaves)
+    """Globs of a scheme that match no linear of a block."""
+    blocks = {part.index for part in program.blocks}
+    linears = [
+        str(node.target)
+        for node in program.graph.nodes
+        if (leaf := program.leaf(node)) and leaf.kind == "linear" and node.meta["part"] in blocks
     ]
+    globs = [glob for rule in scheme.rules for glob in (*rule.include, *rule.exclude) if glob != "*"]
+    return [f"scheme {scheme.name}: {why}" for glob in globs if (why := unused(glob, linears, program))]
+
+
+def unused(glob: str, names: Iterable[str], program: Program) -> str:
+    """Why a glob chooses nothing among ``names``; empty when it chooses something."""
+    names = list(names)
+    if any(matches(name, (glob,)) for name in names):
+        return ""
+    if any(matches(name, (glob,)) for name in program.leaves):
+        return f"{glob!r} matches modules, but none that could be chosen here (such as {', '.join(names[:3])})"
+    return f"{glob!r} matches nothing{suggest(glob, names)}"
 
 
 def suggest(glob: str, names: Iterable[str]) -> str:

@@ -32,9 +32,12 @@ def _roles_of(program: Program) -> Mapping[str, frozenset[str]]:
 
 def read_together(program: Program) -> Mapping[str, tuple[str, ...]]:
     """For each linear, the linears that read the same value, itself included, in graph order."""
+    if "together" in program.memory:
+        return program.memory["together"]
     readers: dict[object, list[str]] = {}
     for node in program.graph.nodes:
         leaf = program.leaf(node)
         if leaf is not None and leaf.kind == "linear":
             readers.setdefault(node.args[0], []).append(str(node.target))
-    return {name: tuple(group) for group in readers.values() for name in group}
+    program.memory["together"] = {name: tuple(group) for group in readers.values() for name in group}
+    return program.memory["together"]

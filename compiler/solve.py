@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
-from .contract import EXACT, LOSSY, Rewrite
+from .contract import EXACT, Rewrite
 from .edit import Edit, Verb, apply, by_module
 from .errors import Failed
 from .fake_quant import quantized_linears
@@ -25,6 +25,7 @@ from .operand import Quantize, Slot, Statistic
 from .plan import Plan, Step
 from .program import Part, Program
 from .proof import Prover
+from .roles import read_together
 from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
@@ -171,8 +172,16 @@ class _PartSolver:
             observers = Observers(wanted)
             self._run_float(work.step, observers)
             statistics = observers.results()
+        together = read_together(work.step.program)
         view = BlockView(
-            self.part.name, self.tensors, statistics, self.plan.dtype, self.plan.seed, self.quantized
+            self.part.name,
+            self.tensors,
+            statistics,
+            self.plan.dtype,
+            self.plan.seed,
+            together=together.__getitem__,
+            transposed=frozenset(name for name, leaf in self.plan.program.leaves.items() if leaf.transposed),
+            quantized=self.quantized,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)
@@ -276,10 +285,7 @@ class _PartSolver:
         stream.advance(self.outputs, needed)
 
     def _last_float_step(self) -> Step:
-        """The state after all EXACT passes, in which the float tensors are now."""
-        first_lossy = next((step for step in self.plan.steps if step.what.claim is LOSSY), None)
-        if first_lossy is not None:
-            return first_lossy
+        """The state after all passes, in which the float tensors are now: quantizers change no graph."""
         return replace(self.plan.steps[-1], program=self.plan.final, bases=self.plan.bases)
 
 

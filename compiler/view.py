@@ -25,6 +25,10 @@ class BlockView:
     statistics: Mapping[Statistic, Tensor]
     export_dtype: torch.dtype
     seed: int
+    together: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    """The linears that read the same value as one of them, itself included."""
+    transposed: frozenset[str] = frozenset()
+    """Linears whose weight ``tensors`` holds as [in, out]."""
     quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     """Linears that an earlier pass quantized."""
     batches: int = 0
@@ -38,7 +42,8 @@ class BlockView:
 
     def weight(self, module: str) -> Tensor:
         """Weight of a linear [out, in] or norm [channels], float32."""
-        return self.tensors[f"{module}.weight"]
+        weight = self.tensors[f"{module}.weight"]
+        return weight.T if module in self.transposed else weight
 
     def bias(self, module: str) -> Tensor | None:
         """Bias [out] float32, or None."""

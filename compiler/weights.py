@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from copy import deepcopy
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -30,44 +28,12 @@ from transformers.core_model_loading import (
 )
 
 from .errors import Refused
+from .reading import Reading, run, with_prefix_of
 from .safetensors_io import Entry, TensorSpec, read_tensors
 from .shards import Shards, find_shards, read_json
 
 _COMPARED = 2**24
 """Elements of two tied tensors that are compared at once."""
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """How parameters come from tensors on disk: by name, or through one conversion of transformers."""
-
-    first: str
-    """Name that transformers gives to the group; of several parameters, the first."""
-    sources: tuple[tuple[str, str], ...]
-    """Tensors on disk, each with the source pattern of the conversion that it matches."""
-    renamed: tuple[str, ...] = ()
-    """The tensors on disk after renaming and before conversion; the conversion is inverted to these names."""
-    converter: WeightConverter | None = None
-
-    def convert(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """Parameters by name, from tensors by their names on disk."""
-        if self.converter is None:
-            return {self.first: tensors[self.sources[0][0]]}
-        given = [(self.first, disk, pattern, tensors[disk]) for disk, pattern in self.sources]
-        return _run(deepcopy(self.converter), given, model)
-
-
-def _run(
-    converter: Any, given: Iterable[tuple[str, str, str, torch.Tensor]], model: nn.Module
-) -> dict[str, torch.Tensor]:
-    """Run a ``WeightConverter`` on tensors, each with target name, source name and pattern."""
-    given = list(given)
-    for item in given:
-        converter.add_tensor(*item)
-    result: dict[str, Any] = converter.convert(
-        given[0][0], model=model, config=getattr(model, "config", None)
-    )
-    return {name: value[0] if isinstance(value, list) else value for name, value in result.items()}
 
 
 class Checkpoint:
@@ -110,7 +76,7 @@ class Checkpoint:
                 for name, e in self.shards.entries.items()
             }
         )
-        self._readings: dict[str, _Reading] = {}
+        self._readings: dict[str, Reading] = {}
         self._specs: dict[str, TensorSpec] = {}
         self.unused: tuple[str, ...] = tuple(self._open())
         """Tensors on disk that no parameter of the model comes from."""
@@ -193,10 +159,14 @@ class Checkpoint:
     def to_disk(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Invert ``load``: parameters by name to tensors by their names on disk.
 
-        Parameters that come from one tensor on disk (a packed projection) must be given together.
+        Parameters that come from one tensor on disk (a packed projection) must be given together. One that
+        is not in the input (an added bias, a head that is no longer tied) gets its name from ``disk_name``.
         """
-        result: dict[str, torch.Tensor] = {}
-        for reading in {r.first: r for r in map(self._reading, tensors)}.values():
+        own = {
+            name: self._readings[name] for name in tensors if name in self._readings and name not in self.ties
+        }
+        result = {self.disk_name(name): tensor for name, tensor in tensors.items() if name not in own}
+        for reading in {r.first: r for r in own.values()}.values():
             if reading.converter is None:
                 result[reading.sources[0][0]] = tensors[reading.first]
                 continue
@@ -205,7 +175,7 @@ class Checkpoint:
             for name in (name for name, other in self._readings.items() if other is reading):
                 renamed, pattern = back.rename_source_key(name)
                 given.append((renamed, name, str(pattern), tensors[name]))
-            inverted = _run(back, given, self._model)
+            inverted = run(back, given, self._model)
             for (disk, _), renamed in zip(reading.sources, reading.renamed, strict=True):
                 result[disk] = inverted[renamed]
         return result
@@ -253,16 +223,16 @@ class Checkpoint:
             if pattern is not None:
                 used[name] = converter_of[pattern]
                 renamed = apply_renamings(disk, renamings)
-                renamed = _with_prefix_of(name, apply_converters(renamed, converters)[0], renamed)
+                renamed = with_prefix_of(name, apply_converters(renamed, converters)[0], renamed)
             groups.setdefault(name, []).append((disk, pattern or disk, renamed))
         for name, group in groups.items():
             sources = tuple((disk, pattern) for disk, pattern, _ in group)
             if name not in used and len(group) > 1:
                 raise Refused(f"{self.path}: {group[0][0]} and {group[1][0]} are both the parameter {name}")
-            reading = _Reading(name, sources, tuple(renamed for *_, renamed in group), used.get(name))
+            reading = Reading(name, sources, tuple(renamed for *_, renamed in group), used.get(name))
             self._admit(reading)
 
-    def _admit(self, reading: _Reading) -> None:
+    def _admit(self, reading: Reading) -> None:
         """Register a reading under the names that it makes, found by running it on meta."""
         meta = {
             disk: torch.empty(
@@ -339,7 +309,7 @@ class Checkpoint:
 
     # -- looking up
 
-    def _reading(self, name: str) -> _Reading:
+    def _reading(self, name: str) -> Reading:
         reading = self._readings.get(self.ties.get(name, name))
         if reading is None:
             near = get_close_matches(name, list(self._expected), 1, 0.6)
@@ -376,15 +346,6 @@ class Checkpoint:
                 leaf += 1
         result[""] = ""
         return result
-
-
-def _with_prefix_of(name: str, converted: str, renamed: str) -> str:
-    """Give a renamed key the base prefix that its parameter has, or take it away."""
-    if name.endswith(f".{converted}"):
-        return name[: -len(converted)] + renamed
-    if converted.endswith(f".{name}"):
-        return renamed[len(converted) - len(name) :]
-    return renamed
 
 
 def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:

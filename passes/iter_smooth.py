@@ -77,7 +77,7 @@ class IterSmooth(Pass):
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: it must be between 0 and 1")
-        if not self.scale_min > 0:
+        if not 0 < self.scale_min < float("inf"):
             raise ValueError(f"scale_min={self.scale_min}: it must be positive")
         unknown = set(self.enable_subgraph_type or ()) - set(TYPES)
         if unknown:
@@ -96,6 +96,10 @@ class IterSmooth(Pass):
         if "fuse_norms" in setting.after:
             return (up_down, ov, linear_linear)
         return (up_down, ov, linear_linear, norm_linear)
+
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The writers: norms, v, up and first linears."""
+        return dict.fromkeys(writer.module for writer, *_ in self.sites(program, self.takes(setting)))
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per match inside a block."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
@@ -65,6 +65,10 @@ class LinearQuant(Pass):
     """Globs of linears."""
     exclude: tuple[str, ...] = ()
     """Globs of linears that stay as they are."""
+
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The linears of the blocks."""
+        return block_linears(program)
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per linear that its scheme quantizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,14 +62,22 @@ class OnlineRotation(Pass):
         """The enabled types."""
         return tuple(p for name, p in (("ov", ov), ("up-down", up_down)) if name in self.enable_subgraph_type)
 
-    def rewrite(self, program: Program, setting: Setting) -> Answer:
-        """One rewrite per reader."""
-        taken, inside = self.takes(setting), block_linears(program)
-        readers: dict[str, str] = {}
+    def readers(self, program: Program, setting: Setting) -> dict[str, str]:
+        """The linears whose input may be rotated, and what finds them."""
+        taken, readers = self.takes(setting), dict[str, str]()
         if ov in taken:
             readers |= {match.o.module: "ov" for match in ov.find(program)}
         if up_down in taken:
             readers |= {match.down.module: "up-down" for match in up_down.find(program)}
+        return readers
+
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The readers."""
+        return self.readers(program, setting)
+
+    def rewrite(self, program: Program, setting: Setting) -> Answer:
+        """One rewrite per reader."""
+        readers, inside = self.readers(program, setting), block_linears(program)
         rewrites, problems = [], []
         for reader in sorted(readers, key=lambda name: list(inside).index(name) if name in inside else -1):
             if reader not in inside or not matches(reader, self.include) or matches(reader, self.exclude):

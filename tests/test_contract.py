@@ -106,7 +106,8 @@ def export(
                 module, _, leaf = name.rpartition(".")
                 tensor = source.load([name])[name] if name in names else torch.ones(specs[name].shape)
                 if module not in layout.prefixes:
-                    writer.write(source.disk_name(name), tensor.to(dtype))
+                    for disk, piece in source.to_disk({name: tensor}).items():
+                        writer.write(disk, piece.to(dtype))
                 elif leaf == "weight":
                     bias = source.load([f"{module}.bias"])[f"{module}.bias"] if sites[module].bias else None
                     for part, stored in quantized(sites[module], tensor, bias, dtype).items():

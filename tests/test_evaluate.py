@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qc.compiler.errors import Refused
 from qc.compiler.evaluate import compare, evaluate, format, undo_separators
+from qc.compiler.half_linear import HalfLinear
 from qc.compiler.load import load
 
 VOCABULARY = 11
@@ -127,6 +128,24 @@ def test_perplexity_is_the_models_loss(tmp_path: Path, text: Path) -> None:
     with torch.no_grad():
         loss = load(source)(input_ids=ids, labels=ids).loss
     assert evaluate(source, source, text, windows=1, length=64).nll == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_linear_is_a_float32_product_rounded_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 300, generator=generator).to(dtype) for n in (5, 7))
+    bias = torch.randn(7, generator=generator).to(dtype)
+    linear = torch.nn.functional.linear
+    with HalfLinear():
+        plain, shifted, wide = (
+            linear(x, weight),
+            linear(x, weight, bias=bias),
+            linear(x.double(), weight.double()),
+        )
+    exact = x.double() @ weight.double().T
+    torch.testing.assert_close(plain, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(shifted, (exact + bias).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-4)
+    assert torch.equal(wide, linear(x.double(), weight.double()))
 
 
 def test_cleaning_is_an_option(tmp_path: Path) -> None:

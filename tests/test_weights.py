@@ -135,6 +135,7 @@ def test_new_tensors_take_the_names_of_their_neighbours(tmp_path: Path) -> None:
     saved(config, tmp_path)
     checkpoint = Checkpoint(tmp_path, on_meta(config))
     assert checkpoint.disk_name("model.norm.bias") == "model.norm.bias"
+    assert list(checkpoint.to_disk({"model.norm.bias": torch.zeros(64)})) == ["model.norm.bias"]
     gate = "model.layers.0.block_sparse_moe.gate"
     assert checkpoint.disk_name("model.layers.0.mlp.gate.weight") == f"{gate}.weight"
     assert checkpoint.disk_name("model.layers.0.mlp.gate.weight_scale") == f"{gate}.weight_scale"
@@ -152,6 +153,7 @@ def test_an_untied_head_is_written_under_its_name_on_disk(family: str, head: str
     assert both[tied] is both[owner]
     assert head not in read_header(tmp_path / "model.safetensors")
     assert checkpoint.disk_name(tied) == head
+    assert list(checkpoint.to_disk({tied: both[tied]})) == [head]
 
 
 def test_two_stored_tensors_that_the_config_ties_must_be_equal(tmp_path: Path) -> None:

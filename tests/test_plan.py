@@ -1,0 +1,476 @@
+"""A plan says everything before a weight is read: what will happen, what it costs, and all that is wrong with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from syrupy.assertion import SnapshotAssertion
+
+from qc.compiler.capture import capture
+from qc.compiler.cli import main
+from qc.compiler.compile import plan as plan_of
+from qc.compiler.cost import cost_of
+from qc.compiler.errors import Refused
+from qc.compiler.plan import Plan, make_plan
+from qc.compiler.plan_text import plan_json, plan_text
+from qc.compiler.program import Program
+from qc.compiler.scheme import W4A4, W8A8, Rule, Scheme
+from qc.passes.iter_smooth import IterSmooth
+from qc.passes.linear_quant import LinearQuant
+from qc.passes.presets import quarot
+from tests.programs import captured, config_of
+
+RTN = "linear_quant"
+
+
+class Unread:
+    """Weights that must not be asked for; shapes may."""
+
+    def __init__(self, program: Program) -> None:
+        self.source = program.source
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("load", "check_finite"):
+            raise AssertionError("the plan read a weight")
+        return getattr(self.source, name)
+
+
+def planned(family: str, passes: Any, **options: Any) -> Plan:
+    program = captured(family)
+    source: Any = Unread(program)
+    return make_plan(replace(program, source=source), passes, **options)
+
+
+def only(found: Plan, *expected: str) -> None:
+    """The plan has exactly one problem for each of these, with these words in it."""
+    assert len(found.problems) == len(expected), found.problems
+    for words in expected:
+        assert any(all(word in problem for word in words.split("|")) for problem in found.problems), words
+    if expected:
+        with pytest.raises(Refused) as refused:
+            found.require()
+        assert all(problem in str(refused.value) for problem in found.problems)
+
+
+# Order.
+
+LATE = "iter_smooth{{enable_subgraph_type={}}}"
+WRONG_ORDERS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
+    "ov after an online rotation": (
+        f"iter_smooth,quarot{{online=true}},{LATE.format('ov')},{RTN}", {"scheme": "w4a4"},
+        ("ov sites after online_rotation|already expect the channels|Put it before online_rotation",),
+    ),
+    "up-down after an online rotation": (
+        f"online_rotation,{LATE.format('up-down')},{RTN}", {"scheme": "w4a4"},
+        ("up-down sites after online_rotation|leave up-down out",),
+    ),
+    "norm-linear before a norm fusion": (
+        f"{LATE.format('norm-linear')},quarot,{RTN}", {},
+        ("norm-linear sites before fuse_norms|takes the gain back|Put it after fuse_norms",),
+    ),
+    "a rotation after a quantizer": (
+        f"{RTN},online_rotation", {"scheme": "w4a4"},
+        ("online_rotation rewrites 6 linears|o_proj|put online_rotation before the quantizer",),
+    ),
+    "smoothing after a quantizer": (
+        f"{RTN},{LATE.format('up-down')}", {},
+        ("iter_smooth rewrites 6 linears|quantized|put iter_smooth before",),
+    ),
+    "a residual rotation without fused norms": (
+        f"rotate_residual,{RTN}", {}, ("rotate_residual requires|norm gains are one|put fuse_norms before it",),
+    ),
+    "a residual rotation over gains that smoothing has brought back": (
+        f"fuse_norms,iter_smooth,rotate_residual,{RTN}", {}, ("rotate_residual requires|put fuse_norms before it",),
+    ),
+    "heads rotated behind an online rotation": (
+        f"online_rotation,rotate_heads,{RTN}", {"scheme": "w4a4"},
+        ("rotate_heads takes ov-heads sites after online_rotation|Put it before online_rotation",),
+    ),
+    "everything at once": (
+        f"quarot{{online=true}},{LATE.format('ov+up-down')},{RTN},rotate_residual", {"scheme": "w4a4"},
+        ("ov sites after online", "up-down sites after online", "rotate_residual requires|fuse_norms"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_ORDERS)
+def test_a_wrong_order_is_refused_with_its_reason_and_its_fix(name: str) -> None:
+    passes, options, expected = WRONG_ORDERS[name]
+    only(planned("llama-128", passes, **options), *expected)
+
+
+@pytest.mark.parametrize(
+    ("passes", "scheme"),
+    [
+        ("iter_smooth,linear_quant", "auto"),
+        ("iter_smooth,quarot,linear_quant", "auto"),
+        ("iter_smooth,quarot,iter_smooth,linear_quant", "auto"),
+        ("iter_smooth,quarot,iter_smooth,online_rotation,iter_smooth,linear_quant", "w4a4"),
+        ("quarot{online=true},iter_smooth{enable_subgraph_type=norm-linear},linear_quant", "w4a4"),
+        ("iter_smooth,quarot{online=true},linear_quant", "w4a4"),
+        ("linear_quant{include=*.q_proj},linear_quant", "w8a8"),
+    ],
+)
+def test_a_right_order_has_no_problem(passes: str, scheme: str) -> None:
+    only(planned("llama-128", passes, scheme=scheme))
+
+
+DEFAULTS = [
+    ("iter_smooth,quarot", 0, "up-down, ov, linear-linear: norm-linear is left out"),
+    ("quarot,iter_smooth", 3, "up-down, ov, linear-linear, norm-linear"),
+    ("iter_smooth", 0, "up-down, ov, linear-linear, norm-linear"),
+    ("online_rotation,iter_smooth", 1, "norm-linear: after an online rotation"),
+    ("quarot{online=true},iter_smooth", 4, "norm-linear: after an online rotation"),
+    ("rotate_heads,iter_smooth", 1, "up-down, ov, linear-linear, norm-linear"),
+]
+
+
+@pytest.mark.parametrize(("passes", "at", "note"), DEFAULTS)
+def test_smoothing_takes_by_default_what_is_meaningful_where_it_stands(
+    passes: str, at: int, note: str
+) -> None:
+    found = planned("llama-128", f"{passes},linear_quant", scheme="w4a4")
+    step = found.steps[at]
+    assert isinstance(step.what, IterSmooth)
+    (said,) = step.answer.notes
+    assert said.startswith(note)
+    taken = {rewrite.pattern for rewrite in step.answer.rewrites}
+    assert taken == {name for name in ("up-down", "ov", "norm-linear") if name in note.partition(":")[0]}
+    only(found)
+
+
+def test_types_that_are_asked_for_are_taken_without_a_word() -> None:
+    found = planned("llama", "iter_smooth{enable_subgraph_type=ov},linear_quant")
+    assert found.steps[0].answer.notes == ()
+    assert {rewrite.pattern for rewrite in found.steps[0].answer.rewrites} == {"ov"}
+
+
+# Schemes.
+
+
+def schemes(found: Plan) -> dict[str, str]:
+    return {str(n.target): str(n.meta["scheme"]) for n in found.final.graph.nodes if "scheme" in n.meta}
+
+
+def test_auto_gives_the_writers_of_gated_products_four_bits() -> None:
+    for family, gated in (("llama", ("gate_proj", "up_proj")), ("phi3", ("gate_up_proj",))):
+        for name, scheme in schemes(planned(family, RTN)).items():
+            assert scheme == ("W4A4" if name.endswith(gated) else "W8A8"), name
+    assert not any("gated product" in note for note in planned("llama", RTN).notes)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt_neox"])
+def test_auto_without_a_gated_product_is_eight_bits_and_says_so(family: str) -> None:
+    found = planned(family, RTN)
+    assert set(schemes(found).values()) == {"W8A8"}
+    assert any("no gated product" in note and "W8A8" in note for note in found.notes)
+    assert not any("gated product" in note for note in planned(family, RTN, scheme="w8a8").notes)
+
+
+def test_only_linears_of_blocks_are_quantized() -> None:
+    names = schemes(planned("llama", RTN, scheme="w4a4"))
+    assert len(names) == 21
+    assert all(name.startswith("model.layers.") for name in names)
+
+
+def test_a_matrix_that_no_linear_holds_is_told_of() -> None:
+    assert any("stay float" in note and "experts" in note or "gate" in note for note in planned("mixtral", RTN).notes)
+
+
+def test_the_first_rule_that_matches_wins_and_an_unused_one_is_an_error() -> None:
+    rules = (Rule(include=("model.layers.{0,2}.mlp.*",), scheme=W4A4), Rule(scheme=W8A8))
+    found = planned("llama", RTN, scheme=Scheme("mine", rules))
+    fours = [name for name, scheme in schemes(found).items() if scheme == "W4A4"]
+    assert fours == [f"model.layers.{i}.mlp.{x}_proj" for i in (0, 2) for x in ("gate", "up", "down")]
+    wrong = Scheme("mine", (Rule(include=("*.donw_proj",), scheme=W4A4), *rules))
+    only(planned("llama", RTN, scheme=wrong), "scheme mine|'*.donw_proj' matches nothing|did you mean '*.down_proj'?")
+
+
+def test_a_scheme_that_quantizes_nothing_is_told_of() -> None:
+    for found in (planned("llama", "iter_smooth"), planned("llama", RTN, scheme="float")):
+        assert any("no linear is quantized" in note for note in found.notes)
+        only(found)
+
+
+# Globs, options and names.
+
+GLOBS = [
+    ("iter_smooth{include=*.up_porj}", "iter_smooth|include '*.up_porj' matches nothing|did you mean '*.up_proj'?"),
+    ("iter_smooth{exclude=*.v_prj}", "iter_smooth|exclude '*.v_prj'|did you mean '*.v_proj'?"),
+    ("iter_smooth{include=*.q_proj}", "include '*.q_proj' matches modules, but none that could be chosen|up_proj"),
+    ("iter_smooth{include=*layernorm, enable_subgraph_type=ov}", "matches modules, but none"),
+    ("online_rotation{include=*.up_proj}", "online_rotation: include|matches modules, but none|o_proj"),
+]
+
+
+@pytest.mark.parametrize(("passes", "words"), GLOBS)
+def test_a_glob_that_chooses_nothing_is_an_error(passes: str, words: str) -> None:
+    only(planned("llama-128", f"{passes},{RTN}", scheme="w4a4"), words)
+
+
+@pytest.mark.parametrize(
+    ("glob", "count"),
+    [("lm_head", 0), ("*.down_proj", 3), ("model.layers.{0,2}.*", 14), ("model.layers.1.self_attn.o_proj", 1), ("*", 21)],
+)  # fmt: skip
+def test_globs_choose_linears(glob: str, count: int) -> None:
+    found = planned("llama", (LinearQuant(include=(glob,)),))
+    assert len(schemes(found)) == count
+    assert bool(found.problems) == (count == 0)
+
+
+REFUSED = {
+    "iter_smoth,linear_quant": "unknown pass 'iter_smoth'; did you mean iter_smooth?",
+    "quarto": "unknown pass 'quarto'; did you mean quarot?",
+    "iter_smooth{alhpa=0.5}": "unknown option of iter_smooth 'alhpa'; did you mean alpha?",
+    "quarot{onlin=true}": "unknown option of quarot 'onlin'; did you mean online?",
+    "fuse_norms{x=1}": "fuse_norms has no options",
+    "iter_smooth{alpha=1.5}": "alpha=1.5: it must be between 0 and 1",
+    "iter_smooth{alpha=nan}": "between 0 and 1",
+    "iter_smooth{alpha=high}": "alpha=high}: it is a number",
+    "iter_smooth{scale_min=0}": "scale_min=0.0: it must be positive",
+    "iter_smooth{scale_min=inf}": "scale_min=inf",
+    "iter_smooth{symmetric=no}": "it is true or false",
+    "iter_smooth{group_method=median}": "it is one of max, mean",
+    "iter_smooth{enable_subgraph_type=ov+qk}": "enable_subgraph_type=qk: types are up-down, ov",
+    "iter_smooth{alpha}": "has no value; write alpha=VALUE",
+    "iter_smooth{alpha=0.5, alpha=0.6}": "given twice",
+    "iter_smooth{alpha=0.5": "a brace is not closed",
+    "iter_smooth}alpha=0.5{": "braces do not pair up",
+    "iter_smooth{alpha=0.5}x": "something after its closing brace",
+    "quarot{block_size=6}": "block_size=6: it must be -1 or a power of 2",
+    "online_rotation{factor=walsh}": "it is one of hadamard, random",
+    "iter_smoothalpha=0.5": "the shell has expanded",
+    "": "no passes were given",
+    " , ": "no passes were given",
+}
+
+
+@pytest.mark.parametrize("passes", REFUSED)
+def test_a_misspelled_list_is_refused_with_what_was_meant(passes: str) -> None:
+    with pytest.raises(Refused) as refused:
+        planned("llama", passes)
+    assert REFUSED[passes] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scheme": "w4a5"}, "unknown scheme 'w4a5'; did you mean w4a4"),
+        ({"target": "vllm-ascent"}, "unknown target 'vllm-ascent'; did you mean vllm-ascend?"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_what_was_meant(options: dict[str, str], words: str) -> None:
+    with pytest.raises(Refused) as refused:
+        planned("llama", RTN, **options)
+    assert words in str(refused.value)
+
+
+def test_spelling_options_and_giving_values_are_the_same() -> None:
+    text = "iter_smooth{alpha=0.7, symmetric=false, enable_subgraph_type=ov+norm-linear, include=*.v_proj+*norm},quarot"
+    found = planned("llama", text)
+    first = IterSmooth(
+        alpha=0.7, symmetric=False, enable_subgraph_type=("ov", "norm-linear"), include=("*.v_proj", "*norm")
+    )
+    assert [step.what for step in found.steps] == [first, *quarot()]
+    spelled = [str(step.what) for step in found.steps]
+    assert [step.what for step in planned("llama", spelled).steps] == [step.what for step in found.steps]
+    assert any(note == "quarot is fuse_norms, rotate_residual, rotate_heads" for note in found.notes)
+
+
+# Widths.
+
+
+def test_a_group_that_does_not_divide_is_refused_once_for_all_layers() -> None:
+    only(
+        planned("llama", RTN, scheme="w4a16-g64", target="modelslim"),
+        "model.layers.0.mlp.down_proj and 2 more alike|group size 64 does not divide its width 96",
+    )
+    only(planned("llama-128", RTN, scheme="w4a16-g64", target="modelslim"))
+
+
+def test_a_width_without_a_rotation_says_what_would_do() -> None:
+    only(
+        planned("llama", f"online_rotation,{RTN}", scheme="w4a4"),
+        "down_proj and 2 more alike|width 96 splits into 8 x 12|exclude it",
+    )
+    hint = "o_proj and 2 more alike|splits its width 48 into 6 x 8|order 6|online_rotation{factor=random}"
+    passes = "online_rotation{{enable_subgraph_type=ov, factor={}}},linear_quant"
+    only(planned("smollm2", passes.format("hadamard"), scheme="w4a4"), hint)
+    only(planned("smollm2", passes.format("random"), scheme="w4a4"))
+
+
+def test_a_block_size_that_does_not_fit_names_the_width() -> None:
+    only(
+        planned("smollm2", f"quarot{{block_size=32}},{RTN}"),
+        "rotate_residual|block_size=32 does not divide its width 48",
+        "rotate_heads|v_proj and 2 more alike|does not divide its width 8",
+    )
+    only(planned("smollm2", f"quarot{{block_size=8}},{RTN}"))
+
+
+def test_a_stream_that_can_not_be_rotated_names_what_is_in_the_way() -> None:
+    only(planned("opt", f"quarot,{RTN}"), "residual stream|self_attn_layer_norm subtracts the mean")
+
+
+@pytest.mark.parametrize(("tp", "copies"), [(1, {1}), (2, {2})])
+def test_tensor_parallel_ranks_have_a_rotation_each(tp: int, copies: set[int]) -> None:
+    found = planned("llama-128", f"online_rotation,{RTN}", scheme="w4a4", tp=tp)
+    only(found)
+    rotations = [n.meta["rotated"] for n in found.final.graph.nodes if "rotated" in n.meta]
+    assert len(rotations) == 6
+    assert {rotation.copies for rotation in rotations} == copies
+    assert any(note == f"loads with tensor parallelism over {tp}" for note in found.notes)
+
+
+def test_ranks_that_do_not_divide_are_refused_with_those_that_do() -> None:
+    only(planned("llama", RTN, tp=3), "--tp 3|4 heads|sizes that do: 1, 2, 4")
+
+
+def test_a_bias_that_has_no_place_is_refused_with_the_pass_that_makes_it() -> None:
+    only(
+        planned("llama", f"iter_smooth{{symmetric=false}},{RTN}", scheme="w8a8"),
+        "q_proj and 14 more alike|iter_smooth gives it a bias|make iter_smooth symmetric, or take w8a8-static",
+    )
+    only(planned("llama", f"iter_smooth{{symmetric=false}},{RTN}", scheme="w8a8-static"))
+
+
+def test_a_format_that_the_target_has_not_is_refused() -> None:
+    only(planned("llama", RTN, scheme="w4a16"), "the server has no linear for W4A16|--target modelslim")
+    only(planned("llama", RTN, scheme="w4a16", target="modelslim"))
+    only(
+        planned("llama-128", f"online_rotation,{RTN}", scheme="auto"),
+        "o_proj and 5 more alike|online rotation is served before int4 linears only|w4a4",
+    )
+
+
+# What it prints, and what it costs.
+
+
+def test_the_printed_plan(snapshot: SnapshotAssertion) -> None:
+    found = planned("qwen3-128", "iter_smooth,quarot{online=true},linear_quant", scheme="w4a4")
+    assert plan_text(found) == snapshot
+    assert plan_text(found) == plan_text(planned("qwen3-128", "iter_smooth,quarot{online=true},linear_quant", scheme="w4a4"))
+
+
+def test_the_printed_plan_of_a_wrong_order(snapshot: SnapshotAssertion) -> None:
+    found = planned("qwen3-128", "quarot{online=true},iter_smooth{enable_subgraph_type=ov+norm-linear},linear_quant")
+    assert plan_text(found) == snapshot
+
+
+def test_the_plan_for_machines_says_the_same() -> None:
+    found = planned("llama-128", "iter_smooth,quarot{online=true},linear_quant", scheme="w4a4")
+    said = json.loads(json.dumps(plan_json(found)))
+    assert [one["name"] for one in said["passes"]] == [step.what.name for step in found.steps]
+    assert [len(one["sites"]) for one in said["passes"]] == [len(s.answer.rewrites) for s in found.steps]
+    assert said["passes"][0]["options"]["alpha"] == 0.9
+    assert said["cost"] == cost_of(found).numbers()
+    assert said["problems"] == []
+
+
+def test_bits_per_weight_count_the_scales() -> None:
+    per_row = {"w8a8": 8, "w4a4": 4, "w8a16": 8}
+    for scheme, bits in per_row.items():
+        cost = cost_of(planned("llama-128", RTN, scheme=scheme))
+        weights = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+        rows = 3 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
+        assert cost.bits_per_weight == pytest.approx(bits + 32 * rows / weights)
+    assert cost_of(planned("llama-128", "iter_smooth")).bits_per_weight == 16
+    grouped = cost_of(planned("llama-128", RTN, scheme="w4a16-g64", target="modelslim"))
+    assert grouped.bits_per_weight == pytest.approx(4 + 32 / 64)
+
+
+def test_bytes_are_those_of_the_layout() -> None:
+    found = planned("llama-128", RTN, scheme="w4a4")
+    cost = cost_of(found)
+    assert cost.disk_bytes == sum(spec.nbytes for spec in found.layout.specs.values())
+    weights = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
+    assert cost.disk_bytes - cost.device_bytes == weights // 2
+    assert cost.schemes == (("W4A4", 21),)
+
+
+# From the command line.
+
+
+@pytest.fixture
+def uncertified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capture without its own certificate, which has its own tests."""
+    monkeypatch.setattr("qc.compiler.compile.capture", functools.partial(capture, certify=False))
+
+
+@pytest.mark.usefixtures("uncertified")
+def test_a_directory_with_a_config_alone_can_be_planned(tmp_path: Path) -> None:
+    config_of("llama-128").save_pretrained(tmp_path)
+    found = plan_of(tmp_path, "iter_smooth,quarot,linear_quant")
+    only(found)
+    assert cost_of(found) == cost_of(planned("llama-128", "iter_smooth,quarot,linear_quant"))
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run ``qc`` on a family that is captured already: exit status, output, errors."""
+    monkeypatch.setattr("qc.compiler.compile.capture", lambda model, **options: captured(str(model)))
+
+    def run(*argv: str) -> tuple[int, str, str]:
+        try:
+            status = main(argv)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_plan_exits_with_0_or_2_and_prints_either_way(command: Any) -> None:
+    status, out, err = command("plan", "llama-128", "--passes", "iter_smooth,quarot,linear_quant")
+    assert (status, err) == (0, "")
+    assert out == plan_text(planned("llama-128", "iter_smooth,quarot,linear_quant"))
+    status, out, _ = command("plan", "llama-128", "--passes", "linear_quant,quarot")
+    assert status == 2
+    assert "problems (3):" in out
+    status, out, _ = command("plan", "llama-128", "--passes", "linear_quant", "--json", "--tp", "2")
+    assert status == 0
+    assert json.loads(out)["tp"] == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--passes", "iter_smoothalpha=0.7,quarot", "iter_smoothscale_min=1,quarot"), "the shell has expanded the braces"),
+        (("--passes", "iter_smoothalpha=0.7"), "the shell has expanded"),
+        (("--passes", "linear_quant", "more"), "unexpected words: more"),
+        (("--passes", "linear_quant", "--tp", "0"), "--tp 0"),
+        (("--passes", "linear_quant", "--samples", "0"), "--samples 0"),
+        (("--passes", "linear_quant", "--dtype", "float16"), "--dtype float16: it is auto, bfloat16 or float32"),
+        (("--passes", "linear_quant", "--device", "npu"), "--device npu"),
+        (("--passes", "linear_quant", "--sheme", "w8a8"), "unrecognized arguments: --sheme"),
+        (("--passes", "linear_quant", "--scheme", "w9"), "unknown scheme 'w9'"),
+        (("--passes", "linear_qaunt"), "did you mean linear_quant"),
+    ],
+)  # fmt: skip
+def test_bad_words_exit_with_2_and_say_what_is_wrong(command: Any, argv: tuple[str, ...], words: str) -> None:
+    status, out, err = command("plan", "llama", *argv)
+    assert status == 2
+    assert words in err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_a_plan_is_the_same_for_the_same_seed_and_not_for_another() -> None:
+    def rotations(seed: int) -> set[Any]:
+        found = planned("llama-128", "quarot,linear_quant", seed=seed)
+        return {e.operand for s in found.steps for r in s.answer.rewrites for e in r.edits if r.basis}
+
+    assert rotations(0) == rotations(0)
+    assert not rotations(0) & rotations(1)
+
+
+def test_floats_are_exported_in_the_models_dtype() -> None:
+    assert planned("llama", RTN).dtype is torch.bfloat16
