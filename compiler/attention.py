@@ -1,7 +1,8 @@
-"""``qc::attention``: one op for the whole of scaled dot-product attention, so that q, k and v arrive as plain operands.
+"""``qc::attention``: one op for scaled dot-product attention, so that q, k and v arrive as plain operands.
 
 The grouped heads are shared inside the op and its arithmetic is that of the reference implementation in the
-dtype of its operands: bit-equal to PyTorch's fused attention in bfloat16 and float32, float64 throughout in float64.
+dtype of its operands: bit-equal to PyTorch's fused attention in bfloat16 and float32, float64 throughout in
+float64.
 """
 
 from __future__ import annotations
@@ -90,9 +91,10 @@ def attention(
 ) -> Tensor:
     """Attention of q [b, h, s, d] over k [b, kv, t, d] and v [b, kv, t, e]; returns [b, s, h, e].
 
-    ``h`` is a multiple of ``kv``: query head i reads key head i // (h / kv). ``mask`` is bool (True attends) or
-    added to the scores, and broadcasts to [b, h, s, t]; without one every query sees every key. ``softcap`` c
-    turns scores into c tanh(scores / c); ``sinks`` [h] is one more logit per head that carries no value.
+    ``h`` is a multiple of ``kv``: query head i reads key head i // (h / kv). ``mask`` is bool (True attends)
+    or added to the scores, and broadcasts to [b, h, s, t]; without one every query sees every key.
+    ``softcap`` c turns scores into c tanh(scores / c); ``sinks`` [h] is one more logit per head that carries
+    no value.
     """
     return attend(q, k, v, mask, scale, softcap, sinks).clone()
 
@@ -111,13 +113,13 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor):
     q, k, v, mask, sinks = ctx.saved_tensors
-    operands = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, sinks)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    sinks = None if sinks is None else sinks.detach().requires_grad_()
     with torch.enable_grad():
-        out = attend(operands[0], operands[1], operands[2], mask, ctx.scale, ctx.softcap, operands[3])
-    wanted = [x for x in operands if x is not None]
-    found = iter(torch.autograd.grad(out, wanted, grad))
-    dq, dk, dv, dsinks = (None if x is None else next(found) for x in operands)
-    return dq, dk, dv, None, None, None, dsinks
+        out = attend(q, k, v, mask, ctx.scale, ctx.softcap, sinks)
+    wanted = (q, k, v) if sinks is None else (q, k, v, sinks)
+    dq, dk, dv, *dsinks = torch.autograd.grad(out, wanted, grad)
+    return dq, dk, dv, None, None, None, dsinks[0] if dsinks else None
 
 
 attention.register_autograd(_backward, setup_context=_save)

@@ -40,8 +40,13 @@ def _output(graph: fx.Graph) -> fx.Node:
 
 
 def assign(graph: fx.Graph, stack: str, count: int) -> None:
-    """Write ``meta["part"]`` on every node: 0 prologue, 1..count blocks, count + 1 epilogue."""
+    """Write ``meta["part"]`` on every node: 0 prologue, 1..count blocks, count + 1 epilogue.
+
+    What runs between two blocks outside of both goes to the first; so does, after the last block, what runs
+    after the one before it.
+    """
     epilogue = count + 1
+    strays: dict[int, list[object]] = {}
     blocks = {f"{stack}.{i}": i + 1 for i in range(count)}
     for node in graph.nodes:
         latest = max((source.meta["part"] for source in node.all_input_nodes), default=0)
@@ -51,12 +56,15 @@ def assign(graph: fx.Graph, stack: str, count: int) -> None:
         elif node.op in ("placeholder", "get_attr") or symbolic(node):
             part = 0
         elif own is None:
-            part = epilogue if latest == count else latest
+            strays.setdefault(latest, []).append(node.target)
+            after = strays.get(count - 1, [])
+            joined = latest == count and strays[count] == after[: len(strays[count])]
+            part = latest if latest < count or joined else epilogue
         else:
             part = own
         if part < latest:
             raise Refused(
-                f"the blocks do not run in order: {node.name} of part {part} reads a value of part {latest}.\n"
+                f"blocks do not run in order: {node.name} of part {part} reads a value of part {latest}.\n"
                 "qc streams a model block by block and cannot hold this one."
             )
         node.meta["part"] = part
@@ -122,7 +130,8 @@ def _copy_part(new: fx.Graph, index: int, nodes: list[fx.Node], values: dict[fx.
 def block_text(graph: fx.Graph, index: int, prefix: str, leaves: Mapping[str, Leaf]) -> str:
     """Text of one block, equal for blocks that compute the same: local numbering, prefix taken off.
 
-    Values from outside are numbered by first use, so which prologue value feeds which input is not part of it.
+    Values from outside are numbered by first use, so which prologue value feeds which input is not part of
+    it.
     """
     spelled: dict[fx.Node, str] = {}
     lines: list[str] = []

@@ -1,8 +1,9 @@
 """Canonical graphs: what an export leaves behind that carries no meaning is taken away, the rest is named.
 
-The result has call_functions over aten, get_attr nodes with the model's own qualified names, and on every node
-``meta["val"]`` (a fake tensor or a symbolic integer), ``meta["module"]`` (the deepest module that ran it) and
-``meta["stack"]`` (all modules that were running, outermost first; a repeated call of a module has a suffix ``@n``).
+The result has call_functions over aten, get_attr nodes with the model's own qualified names, and on every
+node ``meta["val"]`` (a fake tensor or a symbolic integer), ``meta["module"]`` (the deepest module that ran
+it) and ``meta["stack"]`` (all modules that were running, outermost first; a repeated call of a module has a
+suffix ``@n``).
 """
 
 from __future__ import annotations
@@ -66,29 +67,30 @@ def cast_dtype(node: fx.Node) -> torch.dtype | None:
 
 def identity(node: fx.Node) -> fx.Node | None:
     """The operand that a node returns unchanged, or None where it computes something."""
-    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    args: list[Any] = list(node.args)
+    source = args[0] if args and isinstance(args[0], fx.Node) else None
     if source is None or not isinstance(source.meta.get("val"), Tensor):
         return None
     name, val, given = op_name(node), node.meta.get("val"), source.meta["val"]
     if name in ALIASES:
         return source
-    if name == "slice" and len(node.args) >= 4 and node.args[2] in (0, None) and node.args[3] == WHOLE:
-        return source if len(node.args) < 5 or node.args[4] == 1 else None
-    if name in ("dropout", "feature_dropout") and (node.args[1] == 0 or node.args[2] is False):
+    if name == "slice" and len(args) >= 4 and args[2] in (0, None) and args[3] == WHOLE:
+        return source if len(args) < 5 or args[4] == 1 else None
+    if name in ("dropout", "feature_dropout") and (args[1] == 0 or args[2] is False):
         return source
     if not isinstance(val, Tensor) or val.dtype != given.dtype or val.ndim != given.ndim:
         return None
-    if name in CASTS and True not in node.args and not node.kwargs.get("copy"):
+    if name in CASTS and True not in args and not node.kwargs.get("copy"):
         return source
-    if name == "add" and not val.is_floating_point() and tuple(node.args[1:]) == (0,):
+    if name == "add" and not val.is_floating_point() and args[1:] == [0]:
         return source
-    if name in ("mul", "div") and type(node.args[1]) in (int, float) and node.args[1] == 1:
+    if name in ("mul", "div") and type(args[1]) in (int, float) and args[1] == 1:
         return source
     return None
 
 
 def _plain_cast(graph: fx.Graph, node: fx.Node) -> None:
-    """Turn every spelling of a cast into ``aten.to.dtype(x, dtype)``: the device is the executor's business."""
+    """Turn every spelling of a cast into ``aten.to.dtype(x, dtype)``; the executor chooses the device."""
     dtype = cast_dtype(node)
     if dtype is None:
         return
@@ -113,8 +115,9 @@ def _module_stack(node: fx.Node, strip: Callable[[str], str]) -> tuple[str, ...]
 def canonical(module: fx.GraphModule, prefix: str, owner: nn.Module) -> tuple[fx.Graph, dict[str, Tensor]]:
     """The canonical graph of an exported module, and the tensors that tracing made itself.
 
-    ``prefix`` is what the wrapper put before the model's own names; ``owner`` is the model, which call_module and
-    get_attr targets name. The tensors are those that are neither parameters nor buffers of the model.
+    ``prefix`` is what the wrapper put before the model's own names; ``owner`` is the model, which
+    call_module and get_attr targets name. The tensors are those that are neither parameters nor buffers of
+    the model.
     """
     names = {name for name, _ in owner.named_parameters(remove_duplicate=False)}
     names |= {name for name, _ in owner.named_buffers(remove_duplicate=False)}
@@ -122,7 +125,7 @@ def canonical(module: fx.GraphModule, prefix: str, owner: nn.Module) -> tuple[fx
     def strip(path: str) -> str:
         return path[len(prefix) :] if prefix and path.startswith(prefix) else ("" if prefix else path)
 
-    graph = fx.Graph(owning_module=owner)
+    graph = fx.Graph(owning_module=owner)  # pyright: ignore[reportArgumentType]
     made: dict[str, Tensor] = {}
     new: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -174,8 +177,8 @@ def sweep(graph: fx.Graph) -> None:
 def text_of(graph: fx.Graph, name: Callable[[fx.Node], Any] | None = None) -> str:
     """Text of a graph with local numbering, equal for equal computations.
 
-    Sizes are written where they are used, placeholders by position; ``name`` says how a node's target is written
-    where it is not the target itself.
+    Sizes are written where they are used, placeholders by position; ``name`` says how a node's target is
+    written where it is not the target itself.
     """
     spelled: dict[fx.Node, str] = {}
     lines: list[str] = []

@@ -103,7 +103,8 @@ def capture_subject(
     lost = sorted(name for name, tensor in made.items() if tensor.device.type == "meta")
     if lost:
         raise Refused(
-            f"the model makes {len(lost)} tensors from numbers while it runs, and tracing on meta loses their values."
+            f"the model makes {len(lost)} tensors from numbers while it runs; on meta they are lost.\n"
+            "qc cannot compile a model whose code holds constants of its own."
         )
     leaves, unfolded = fold(graph, owner)
     graph, parts = split(graph, owner, leaves)
@@ -119,7 +120,7 @@ def capture_subject(
         source=source,
         dtype=what.dtype,
         ties=names,
-        constants=constants(owner, what.module) | made,
+        constants=constants(owner, what) | made,
         config=what.config,
         path=None if what.path is None else str(what.path),
         notes=(*notes, *unfolded, *skips(graph, parts)),
@@ -175,10 +176,8 @@ def reason(error: Exception) -> str:
     return f"{name}{text[:200]}"
 
 
-def _trace(
-    owner: nn.Module, example: Mapping[str, Tensor] | None
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """The canonical graph of a model on meta: one layer of each kind traced, or all where that does not do."""
+def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """The canonical graph of a model on meta: one layer of each kind traced, or all if they will not be."""
     try:
         with marked(owner) as stack:
             exported = _exported(owner, example)
@@ -200,7 +199,9 @@ def _exported(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.Grap
     elif isinstance(owner, PreTrainedModel):
         wrapper = Logits(owner)
     else:
-        raise Refused("a module that is no transformers model needs example inputs: example={'input_ids': ...}")
+        raise Refused(
+            "a module that is no transformers model needs example inputs: example={'input_ids': ...}"
+        )
     axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = export_graph(wrapper.eval(), (ids, torch.ones_like(ids)), (axes, axes))
     _check_open(exported)

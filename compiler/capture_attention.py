@@ -66,8 +66,8 @@ def register() -> None:
 def finite_eager_masks() -> Iterator[None]:
     """Let transformers' own attention run in float64 on inputs with padding.
 
-    Its mask is the least number of the model's dtype and its softmax is in float32 always: in float64 a row that
-    is masked everywhere would overflow to NaN. In this context the mask is the least float32.
+    Its mask is the least number of the model's dtype and its softmax is in float32 always: in float64 a row
+    that is masked everywhere would overflow to NaN. In this context the mask is the least float32.
     """
     own = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
 

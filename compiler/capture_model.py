@@ -29,6 +29,8 @@ class Subject:
     """The dtype of capture: that of the weights, or bfloat16 where they are float32, so that a cast that the
     model makes to float32 can be told from one that it makes to its own dtype."""
     trust_remote_code: bool = False
+    stored: torch.dtype | None = None
+    """The dtype of the weights where a config says so and it is not the dtype of capture."""
 
     def on_meta(self, attention: str | None) -> nn.Module:
         """The model on meta in evaluation mode, with the attention implementation asked for."""
@@ -90,20 +92,21 @@ def subject(
         return Subject(given, model, None, main if main in HALF else torch.bfloat16)
     if isinstance(model, PretrainedConfig):
         _check_config(model, type(model).__name__)
-        return Subject(model, None, None, _capture_dtype(model), trust_remote_code)
+        return _to_build(model, None, trust_remote_code)
     path = _directory(str(model))
     if config is None:
         config = _read_config(path, trust_remote_code)
     _check_config(config, str(path))
     _check_causal(config, str(path), trust_remote_code)
-    return Subject(config, None, path, _capture_dtype(config), trust_remote_code)
+    return _to_build(config, path, trust_remote_code)
 
 
-def _capture_dtype(config: Any) -> torch.dtype:
+def _to_build(config: Any, path: Path | None, trust_remote_code: bool) -> Subject:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    return dtype if dtype in HALF else torch.bfloat16
+    captured = dtype if dtype in HALF else torch.bfloat16
+    return Subject(config, None, path, captured, trust_remote_code, dtype)
 
 
 def _directory(model: str) -> Path:
@@ -112,7 +115,7 @@ def _directory(model: str) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise Refused(
-                f"{model}: no config.json in this directory.\nA checkpoint as transformers saves it is needed."
+                f"{model}: no config.json in this directory.\nGive a checkpoint as transformers saves it."
             )
         return path
     if path.exists():
@@ -129,7 +132,7 @@ def _directory(model: str) -> Path:
     except Exception as error:  # huggingface_hub raises whatever its transport raises
         reason = str(error).strip().split("\n")[0]
         raise Refused(
-            f"{model}: not a directory here, and the hub did not give it ({type(error).__name__}: {reason}).\n"
+            f"{model}: no such directory, and the hub gave none ({type(error).__name__}: {reason}).\n"
             "Check the name and the network, or give a local checkpoint directory."
         ) from error
 
@@ -145,7 +148,8 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise Refused(
-            f"{path} is quantized already (quant_method {method}).\nGive the float checkpoint from which it was made."
+            f"{path} is quantized already (quant_method {method}).\n"
+            "Give the float checkpoint from which it was made."
         )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -181,7 +185,7 @@ def _check_causal(config: Any, where: str, trust_remote_code: bool) -> None:
     raise Refused(f"{where}: model_type {config.model_type} has no causal language model in transformers.")
 
 
-def constants(model: nn.Module, original: nn.Module | None) -> dict[str, Tensor]:
+def constants(model: nn.Module, what: Subject) -> dict[str, Tensor]:
     """Non-persistent buffers on CPU by qualified name; no checkpoint has them.
 
     They come from the module in memory, or are made by the model's own ``_init_weights``, run twice over
@@ -197,15 +201,15 @@ def constants(model: nn.Module, original: nn.Module | None) -> dict[str, Tensor]
         )
         if not local:
             continue
-        if original is not None:
-            source = original.get_submodule(name)
+        if what.module is not None:
+            source = what.module.get_submodule(name)
             found |= {_join(name, n): source.get_buffer(n).detach().cpu().clone() for n in local}
             continue
-        first, second = (_initialised(model, module, local, fill) for fill in (0, 1))
+        first, second = (_initialised(model, module, local, fill, what) for fill in (0, 1))
         for n in local:
             if not torch.equal(first[n], second[n]):
                 raise Refused(
-                    f"the buffer {_join(name, n)} is in no checkpoint and the model's _init_weights does not make it.\n"
+                    f"the buffer {_join(name, n)} is in no checkpoint and the model does not make it.\n"
                     "Load the model with transformers and hand the module to qc.compile instead of its path."
                 )
             found[_join(name, n)] = first[n]
@@ -216,10 +220,14 @@ def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-def _initialised(model: nn.Module, module: nn.Module, names: list[str], fill: int) -> dict[str, Tensor]:
+def _initialised(
+    model: nn.Module, module: nn.Module, names: list[str], fill: int, what: Subject
+) -> dict[str, Tensor]:
     memo: dict[int, Any] = {id(p): p for p in module.parameters()}
     for n in names:
-        memo[id(module._buffers[n])] = torch.full_like(module.get_buffer(n), fill, device="cpu")
+        buffer = module.get_buffer(n)
+        dtype = what.stored if what.stored is not None and buffer.dtype == what.dtype else buffer.dtype
+        memo[id(buffer)] = torch.full_like(buffer, fill, device="cpu", dtype=dtype)
     memo |= {id(child): child for child in module.children()}
     module = copy.deepcopy(module, memo)
     if isinstance(model, PreTrainedModel):

@@ -1,9 +1,8 @@
-"""A capture certifies itself: on a twin, the graph against the model, and the model's attention against its own."""
+"""A capture certifies itself on a twin: the graph against the model, and its attention with the model's."""
 
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,16 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .canon import symbolic
 from .capture_attention import NAME, finite_eager_masks
 from .capture_model import Subject, weight_dtype
 from .errors import NotEquivalent, Refused
 from .execute import parameters_of, run
+from .narrow import Shrunk, shrunk_configs
 from .program import Program
 from .source import InMemory
-from .twin import Shrunk, outline, random_like, random_model, shrunk_configs
+from .twin import difference, outline, random_like, random_model
 
 SHAPE = (3, 21)
-"""Batch and length on which a twin runs: longer than the twin's windows, odd, with left padding in one row."""
+"""Batch and length on which a twin runs: longer than the windows, odd, with left padding in one row."""
 PADDED = 6
 OWN_ATTENTION = 1e-6
 """Largest relative error, in float64, between the model with ``qc::attention`` and with its own attention."""
@@ -52,9 +53,9 @@ def certified(
         except Exception as error:  # a config that the model's own code does not accept: try a wider one
             failures.append(str(error).strip().split("\n")[0][:160])
             continue
-        difference = _difference(outline(program, shrunk.layers), outline(twin, shrunk.layers))
-        if difference:
-            failures.append(f"its text differs: {difference}")
+        where = difference(outline(program, shrunk.layers), outline(twin, shrunk.layers))
+        if where:
+            failures.append(f"its text differs: {where}")
             continue
         _compare(twin, module, example)
         return replace(program, twin=twin, notes=(*program.notes, *_announce(twin, shrunk)))
@@ -97,23 +98,25 @@ def _by_itself(program: Program, what: Subject, example: Mapping[str, Tensor] | 
     return replace(program, twin=replace(program, source=InMemory(tensors)))
 
 
-def _difference(left: str, right: str) -> str:
-    """The first words that differ, or nothing."""
-    a, b = left.split(), right.split()
-    for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        if tag != "equal":
-            start = max(0, i - 4)
-            return f"'{' '.join(a[start : j + 2])[:120]}' became '{' '.join(b[max(0, k - 4) : m + 2])[:120]}'"
-    return ""
-
-
 def inputs_for(program: Program, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random token ids that the program's embedding has, and a mask with left padding in the first row."""
-    rows = [leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"]
-    ids = torch.randint(max(rows, default=2), SHAPE, generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(_tokens(program), SHAPE, generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[0, :PADDED] = 0
     return ids, mask
+
+
+def _tokens(program: Program) -> int:
+    """How many token ids there are: rows of the table that ``input_ids`` look up, whatever reshapes them."""
+    reached = {n for n in program.graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
+    for node in program.nodes(program.parts[0]):
+        if not node.args or node.args[0] not in reached or symbolic(node):
+            continue
+        leaf = program.leaf(node)
+        if leaf is not None and leaf.kind == "embedding":
+            return leaf.parameters["weight"][0]
+        reached.add(node)
+    return 2
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -146,7 +149,7 @@ def _compare(
         if not torch.equal(want.nan_to_num(), got.nan_to_num()):
             worst = float((want - got).abs().max())
             raise NotEquivalent(
-                f"the captured graph is not the model: on a twin in {dtype} logits differ by up to {worst:.3g}"
+                f"the captured graph is not the model: on a twin in {dtype} logits differ by {worst:.3g}"
             )
     if own and backend and isinstance(module, PreTrainedModel):
         _compare_attention(module, given, mask)
@@ -165,7 +168,7 @@ def _compare_attention(module: nn.Module, given: Mapping[str, Any], mask: Tensor
     if not error <= OWN_ATTENTION:
         raise NotEquivalent(
             f"the attention that was captured is not the model's own: on a twin in float64 logits differ by "
-            f"{error:.3g} (limit {OWN_ATTENTION:g}), relative, on inputs with padding and longer than the windows"
+            f"{error:.3g}, relative (limit {OWN_ATTENTION:g}), on padded inputs longer than the windows"
         )
 
 

@@ -131,8 +131,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _paths(model: object) -> list[Path]:
-    return [Path(model)] if isinstance(model, str | Path) and Path(model).is_dir() else []
+def _paths(model: Model | Program) -> list[Path]:
+    path = model.path if isinstance(model, Program) else model
+    return [Path(path)] if isinstance(path, str | Path) and Path(path).is_dir() else []
 
 
 def _compute(program: Program, options: Options) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Run a Program, a part at a time, on tensors that the caller holds. No code is generated; edits run as they are."""
+"""Run a Program, a part at a time, on tensors that the caller holds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .canon import symbolic
 from .errors import Failed
 from .interpret import Semantics, call, interpret
 from .program import Leaf, Part, Program
@@ -21,7 +20,7 @@ class LinearHook(Protocol):
     """What may run in the place of a linear leaf."""
 
     def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The linear ``name`` on x [..., in], with its weight [out, in] and bias [out] as they were handed in."""
+        """The linear ``name`` on x [..., in], with weight [out, in] and bias [out] as they were handed in."""
         ...
 
 
@@ -30,7 +29,7 @@ def _of(program: Program, nodes: Part | Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def inputs_of(program: Program, part: Part | Iterable[fx.Node]) -> tuple[fx.Node, ...]:
-    """Values that the nodes read and do not compute, in order of first use; of the prologue, the placeholders."""
+    """Values that the nodes read and do not compute, by first use; of the prologue, the placeholders."""
     nodes = _of(program, part)
     inside = {n for n in nodes if n.op != "placeholder"}
     own = [n for n in nodes if n.op == "placeholder"]
@@ -144,18 +143,19 @@ def execute(
         program: The program that the nodes are of, as captured or rewritten.
         nodes_or_part: A part, or nodes in graph order.
         tensors: Parameters and persistent buffers by qualified name, in any dtype; a tied one under its own
-            name or its owner's. They are cast to the dtype of execution where the model declares its own dtype.
+            name or its owner's. They are cast to the dtype of execution where the model declares its own
+            dtype.
         env: Values from outside: the placeholders, and what earlier parts computed. It is not changed.
         dtype: The dtype of execution. Baked casts to the captured dtype become casts to it; other casts stay,
-            but for float64, in which every float is float64 and leaves run from their graphs, so that nothing is
-            rounded to float32 inside. In any other dtype norms and opaque leaves are the real modules, so
-            that results are those of the model bit for bit.
+            but for float64, in which every float is float64 and leaves run from their graphs, so that
+            nothing is rounded to float32 inside. In any other dtype norms and opaque leaves are the real
+            modules, so that results are those of the model bit for bit.
         linear: Runs in the place of every linear leaf (fake quantization, training).
         on_value: Called after each node with the node, the values of ``node.all_input_nodes`` and its value.
 
     Returns:
-        The value of each node that another node outside reads (of the epilogue: the logits). All other values are
-        freed after their last use.
+        The value of each node that another node outside reads (of the epilogue: the logits). All other
+        values are freed after their last use.
 
     Raises:
         Failed: A parameter or an outside value is missing.
@@ -230,16 +230,3 @@ def run(
 
 def _final(node: fx.Node) -> bool:
     return any(user.op == "output" for user in node.users)
-
-
-__all__ = [
-    "LinearHook",
-    "Observer",
-    "execute",
-    "inputs",
-    "inputs_of",
-    "outputs_of",
-    "parameters_of",
-    "run",
-    "symbolic",
-]

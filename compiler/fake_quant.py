@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime.kronecker import blocks
 from ..runtime.quantize import dequantize, fake_quant_per_token, quantize
 from ..runtime.quantized import QuantizedLinear
 from .scheme import LinearScheme
@@ -19,7 +20,8 @@ def fake_act(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
     if scheme.act is None:
         return x
     if not scheme.static:
-        return fake_quant_per_token(x, scheme.act.bits, q.clip)
+        ranks = 1 if q.left is None or q.right is None else blocks(x.shape[-1], q.left, q.right)
+        return fake_quant_per_token(x.unflatten(-1, (ranks, -1)), scheme.act.bits, q.clip).flatten(-2)
     assert q.input_scale is not None
     integers = quantize(x.float(), q.input_scale, scheme.act.bits, q.input_offset)
     return dequantize(integers, q.input_scale, q.input_offset).to(x.dtype)

@@ -1,9 +1,10 @@
-"""Fold the ops of each leaf module back into one ``call_module`` node, where exporting that leaf alone agrees."""
+"""Fold the ops of each leaf module into one ``call_module`` node, where exporting that leaf alone agrees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -68,7 +69,7 @@ def _boundary(nodes: list[fx.Node], names: Mapping[str, str]) -> tuple[list[fx.N
 def leaf_graph(
     nodes: list[fx.Node], given: fx.Node, result: fx.Node, names: Mapping[str, str]
 ) -> fx.Graph | None:
-    """The leaf's own graph: one placeholder ``x``, local names, sizes derived from ``x``; None if they cannot be."""
+    """The leaf's own graph: one placeholder ``x``, local names, sizes of ``x``; None if it has others."""
     graph = fx.Graph()
     new: dict[fx.Node, fx.Node] = {given: graph.placeholder("x")}
     new[given].meta["val"] = given.meta["val"]
@@ -105,7 +106,7 @@ def leaf_graph(
     return graph
 
 
-def _example(val: Tensor) -> tuple[Tensor, dict[int, object]]:
+def _example(val: Tensor) -> tuple[Tensor, dict[int, Any]]:
     """A meta tensor of the hinted size, and which of its axes are dynamic."""
     dynamic = {i: torch.export.Dim.AUTO for i, d in enumerate(val.shape) if isinstance(d, torch.SymInt)}
     return torch.empty([hint(d) for d in val.shape], dtype=val.dtype, device="meta"), dynamic
@@ -133,10 +134,10 @@ def retraces(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def fold(graph: fx.Graph, owner: nn.Module) -> tuple[dict[str, Leaf], list[str]]:
-    """Fold leaves in place. Returns leaves by qualified name, and notes on leaves with parameters left unfolded.
+    """Fold leaves in place. Returns leaves by qualified name, and notes on leaves that were left unfolded.
 
-    A leaf folds if its ops have one tensor input and one result and are what exporting it alone gives. Modules
-    without parameters stay inline, so that activations are visible, unless they are norms.
+    A leaf folds if its ops have one tensor input and one result and are what exporting it alone gives.
+    Modules without parameters stay inline, so that activations are visible, unless they are norms.
     """
     modules = _leaves(owner)
     calls: dict[str, list[fx.Node]] = {}

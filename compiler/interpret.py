@@ -1,4 +1,4 @@
-"""Run a graph of plain ops, one node at a time, in a dtype that may differ from the one it was captured in."""
+"""Run a graph of plain ops, one node at a time, in a dtype that may not be the one it was captured in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Semantics:
     """Baked casts to this dtype follow the dtype of execution."""
     dtype: torch.dtype
     """The dtype of execution. In float64 every float is float64, whatever was baked in (proofs need that)."""
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def of(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that stands for a baked one."""
@@ -47,7 +50,7 @@ def arguments(
     def value(a: Any) -> Any:
         return env[a] if isinstance(a, fx.Node) else semantics.argument(a)
 
-    args, kwargs = fx.node.map_aggregate((node.args, dict(node.kwargs)), value)
+    args, kwargs = map_aggregate((node.args, dict(node.kwargs)), value)
     return args, kwargs
 
 

@@ -48,10 +48,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     given = subject(path, config=None, trust_remote_code=False)
     path = given.path or Path(path)
     stored = _dtype(given.config)
-    model = replace(given, dtype=dtype or stored).on_meta(None)
+    chosen = replace(given, dtype=dtype or stored, stored=None)
+    model = chosen.on_meta(None)
     if not isinstance(model, PreTrainedModel):
         raise Refused(f"{path}: {type(model).__name__} is no transformers model")
-    buffers = constants(model, None)
+    buffers = constants(model, chosen)
     quantized = (path / DESCRIPTION).is_file()
     if quantized:
         _install(model, path, stored, dtype or stored)

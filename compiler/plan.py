@@ -140,7 +140,8 @@ def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]
     if any(rule.role == "gated" for rule in scheme.rules) and not roles["gated"]:
         others = dict.fromkeys(str(rule.scheme) for rule in scheme.rules if rule.role is None)
         found.append(
-            f"scheme {scheme.name}: the model has no gated product, so every block linear is {', '.join(others)}"
+            f"scheme {scheme.name}: the model has no gated product, so every block linear is "
+            + ", ".join(others)
         )
     blocks = {part.index for part in program.blocks}
     boxes = [
@@ -257,7 +258,9 @@ def unused(glob: str, names: Iterable[str], program: Program) -> str:
     if any(matches(name, (glob,)) for name in names):
         return ""
     if any(matches(name, (glob,)) for name in program.leaves):
-        return f"{glob!r} matches modules, but none that could be chosen here (such as {', '.join(names[:3])})"
+        return (
+            f"{glob!r} matches modules, but none that could be chosen here (such as {', '.join(names[:3])})"
+        )
     return f"{glob!r} matches nothing{suggest(glob, names)}"
 
 

@@ -33,17 +33,21 @@ def linear(graph: fx.Graph) -> bool | None:
     """Whether the weight is stored as [in, out], for a graph that is one linear; None for any other graph."""
     ops = _compute(graph)
     if len(ops) == 1 and ops[0].target is aten.linear.default:
-        (node,) = ops
-        bias = node.args[2] if len(node.args) > 2 else None
-        if not _is_attr(node.args[1], "weight") or not (bias is None or _is_attr(bias, "bias")):
+        x, weight, bias = [*ops[0].args, None][:3]
+        if not _is_attr(weight, "weight") or not (bias is None or _is_attr(bias, "bias")):
             return None
-        return False if getattr(node.args[0], "op", "") == "placeholder" else None
+        return False if isinstance(x, fx.Node) and x.op == "placeholder" else None
     core = [n for n in ops if op_name(n) not in LAYOUT]
     if len(core) == 1 and core[0].target is aten.addmm.default:
-        (node,) = core
+        args = core[0].args
         (given,) = (n for n in graph.nodes if n.op == "placeholder")
         val, result = given.meta["val"], next(iter(reversed(graph.nodes))).args[0]
-        if _is_attr(node.args[0], "bias") and _is_attr(node.args[2], "weight") and len(node.args) == 3:
+        if (
+            len(args) == 3
+            and not core[0].kwargs
+            and _is_attr(args[0], "bias")
+            and _is_attr(args[2], "weight")
+        ):
             same = isinstance(result, fx.Node) and _sizes(result.meta["val"])[:-1] == _sizes(val)[:-1]
             return True if same else None
     return None
@@ -52,14 +56,18 @@ def linear(graph: fx.Graph) -> bool | None:
 def embedding(graph: fx.Graph) -> bool:
     """Whether the graph looks rows up in a table named ``weight`` and does nothing else."""
     ops = _compute(graph)
-    return len(ops) == 1 and ops[0].target is aten.embedding.default and _is_attr(ops[0].args[0], "weight")
+    if len(ops) != 1 or ops[0].target is not aten.embedding.default:
+        return False
+    table, *_ = ops[0].args
+    return _is_attr(table, "weight")
 
 
 def norm(graph: fx.Graph, parameters: Mapping[str, tuple[int, ...]]) -> Norm | None:
     """The norm that a graph computes over the last axis of its only input, or None where it is not a norm.
 
-    Run in float64 on random numbers: weights of zero and one give the offset, tiny inputs give eps, shifted ones say
-    whether the mean is subtracted; then the formula has to reproduce fresh random inputs and weights.
+    Run in float64 on random numbers: weights of zero and one give the offset, tiny inputs give eps, shifted
+    ones say whether the mean is subtracted; then the formula has to reproduce fresh random inputs and
+    weights.
     """
     given = [n for n in graph.nodes if n.op == "placeholder"]
     result = next(iter(reversed(graph.nodes))).args[0]
@@ -104,7 +112,7 @@ def norm(graph: fx.Graph, parameters: Mapping[str, tuple[int, ...]]) -> Norm | N
         unit = one - zero if "weight" in parameters else one
         if one.shape != x.shape or not unit.abs().max() > 0:
             return None
-        offset = float((zero / unit).median().round(decimals=6)) if "weight" in parameters else 0.0
+        offset = 0.0 + float((zero / unit).median().round(decimals=6)) if "weight" in parameters else 0.0
         shifted = run(x + 3.0, 1.0, 0.0)
         centred = bool((shifted - one).norm() < 1e-6 * one.norm())
         small = 1e-4 * draw(*lead, width)

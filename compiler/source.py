@@ -59,8 +59,8 @@ class ShapesOnly:
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Refuse: there are no weights."""
         raise Refused(
-            f"no weights: the model was captured from its config alone, so {', '.join(list(names)[:3])} cannot be "
-            "read.\nGive the checkpoint directory that holds them."
+            f"captured from a config alone: there is no {', '.join(list(names)[:3])} to read.\n"
+            "Give the checkpoint directory that holds them."
         )
 
     def check_finite(self, name: str, tensor: Tensor) -> None:

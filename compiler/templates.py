@@ -1,8 +1,8 @@
-"""Trace one layer of each kind: layers that are alike leave one mark each, and the marks are expanded afterwards.
+"""Trace one layer of each kind: the layers like it leave a mark each, and marks are expanded afterwards.
 
-Two layers are alike if their modules have the same types, the same attributes and parameters of the same shapes. An
-integer that differs (the index of a layer in its stack) is hidden while the layer that stands for the others
-is traced: code that looks at it is found out, and the model is then traced in full.
+Two layers are alike if their modules have the same types, the same attributes and parameters of the same
+shapes. An integer that differs (the index of a layer in its stack) is hidden while the layer that stands for
+the others is traced: code that looks at it is found out, and the model is then traced in full.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def enter(xs: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.library.custom_op("qc::alike", mutates_args=())
 def alike(xs: Sequence[Tensor]) -> Tensor:
-    """A layer that is like one that was traced, called with ``xs``; stands in graphs under construction only."""
+    """A layer like one that was traced, called with ``xs``; stands in graphs under construction only."""
     return xs[0].clone()
 
 
@@ -59,11 +59,12 @@ def _read(*_: object) -> Any:
     raise Unalike("a layer looks at its own index while it runs")
 
 
-_READS = (
-    "__index__ __int__ __bool__ __hash__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __add__ __radd__ __sub__ __rsub__ "
-    "__mul__ __rmul__ __mod__ __rmod__ __floordiv__ __rfloordiv__ __truediv__ __rtruediv__ __neg__ __float__ __str__ "
-    "__repr__ __format__ __pow__ __rpow__ __and__ __or__ __xor__ __call__ __getattr__"
-)
+_READS = """
+    __index__ __int__ __float__ __bool__ __hash__ __str__ __repr__ __format__ __call__ __getattr__
+    __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __neg__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__
+    __mod__ __rmod__ __floordiv__ __rfloordiv__ __truediv__ __rtruediv__
+    __pow__ __rpow__ __and__ __or__ __xor__
+"""
 _Hidden = type("_Hidden", (), dict.fromkeys(_READS.split(), _read))
 """A number that nobody may look at."""
 
@@ -273,7 +274,8 @@ def _entry(node: fx.Node) -> fx.Node | None:
 def _operand(mark: fx.Node, operand: fx.Node) -> fx.Node:
     """The value that a mark has where a traced layer has ``operand``."""
     tensors, position = mark.args[0], operand.args[1]
-    assert isinstance(tensors, list | tuple) and isinstance(position, int)
+    assert isinstance(tensors, list | tuple)
+    assert isinstance(position, int)
     found = tensors[position]
     assert isinstance(found, fx.Node)
     return found

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 WINDOW = 5
-COMMON: dict[str, Any] = {
+COMMON: Any = {
     "vocab_size": 96,
     "hidden_size": 64,
     "num_hidden_layers": 3,
@@ -42,7 +42,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
 }
-GQA = COMMON | {"num_key_value_heads": 2}
+GQA: Any = COMMON | {"num_key_value_heads": 2}
 
 
 def smollm2() -> PretrainedConfig:
@@ -83,8 +83,7 @@ FURTHER: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "mixtral": lambda: MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **GQA,
-        head_dim=16,
+        **GQA | {"head_dim": 16},
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,

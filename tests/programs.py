@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PretrainedConfig
 
-from qc.compiler.attention import attention  # the op that drawings use
+import qc.compiler.attention  # noqa: F401  (registers the op that drawings use)
 from qc.compiler.capture import capture
 from qc.compiler.execute import execute, inputs_of
 from qc.compiler.program import Leaf, Norm, Part, Program
@@ -105,6 +105,10 @@ class Drawing:
         self.tensors[name] = value
         return node
 
+    def value(self, name: str, *size: int) -> fx.Node:
+        """A random value that nothing computes."""
+        return self.constant(name, self.random(*size))
+
     def _leaf(self, name: str, leaf: Leaf, x: fx.Node, size: tuple[int, ...], part: int) -> fx.Node:
         self.leaves[name] = leaf
         parent = self.root
@@ -192,8 +196,9 @@ def llama(
     return d.op(aten.add.Tensor, x, d.linear(f"{prefix}.mlp.down_proj", product, width))
 
 
-def run_float64(program: Program, tensors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """What a program returns on token ids, all in float64, with these tensors."""
+def run_float64(program: Program, tensors: Mapping[str, Tensor], ids: Tensor | None = None) -> Tensor:
+    """What a program returns on token ids (zeros by default), all in float64, with these tensors."""
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64) if ids is None else ids
     env: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     nodes = {node.name: node for node in program.graph.nodes}
     with torch.no_grad():
@@ -205,14 +210,6 @@ def run_float64(program: Program, tensors: Mapping[str, Tensor], ids: Tensor) ->
     return env[output.args[0].name]
 
 
-__all__ = [
-    "BATCH",
-    "LENGTH",
-    "Drawing",
-    "aten",
-    "attention",
-    "captured",
-    "llama",
-    "norm_graph",
-    "run_float64",
-]
+def relative(got: Tensor, want: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))

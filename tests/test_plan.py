@@ -1,11 +1,9 @@
-"""A plan says everything before a weight is read: what will happen, what it costs, and all that is wrong with it."""
+"""A plan says everything before a weight is read: what will happen, at what cost, and all that is wrong."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +12,13 @@ import torch
 from syrupy.assertion import SnapshotAssertion
 
 from qc.compiler.capture import capture
-from qc.compiler.cli import main
 from qc.compiler.compile import plan as plan_of
 from qc.compiler.cost import cost_of
-from qc.compiler.errors import Refused
-from qc.compiler.plan import Plan, make_plan
 from qc.compiler.plan_text import plan_json, plan_text
-from qc.compiler.program import Program
 from qc.compiler.scheme import W4A4, W8A8, Rule, Scheme
 from qc.passes.iter_smooth import IterSmooth
-from qc.passes.linear_quant import LinearQuant
-from qc.passes.presets import quarot
-from tests.programs import captured, config_of
-
-RTN = "linear_quant"
-
-
-class Unread:
-    """Weights that must not be asked for; shapes may."""
-
-    def __init__(self, program: Program) -> None:
-        self.source = program.source
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("load", "check_finite"):
-            raise AssertionError("the plan read a weight")
-        return getattr(self.source, name)
-
-
-def planned(family: str, passes: Any, **options: Any) -> Plan:
-    program = captured(family)
-    source: Any = Unread(program)
-    return make_plan(replace(program, source=source), passes, **options)
-
-
-def only(found: Plan, *expected: str) -> None:
-    """The plan has exactly one problem for each of these, with these words in it."""
-    assert len(found.problems) == len(expected), found.problems
-    for words in expected:
-        assert any(all(word in problem for word in words.split("|")) for problem in found.problems), words
-    if expected:
-        with pytest.raises(Refused) as refused:
-            found.require()
-        assert all(problem in str(refused.value) for problem in found.problems)
-
+from tests.plans import RTN, only, planned, schemes
+from tests.programs import config_of
 
 # Order.
 
@@ -84,10 +45,12 @@ WRONG_ORDERS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
         ("iter_smooth rewrites 6 linears|quantized|put iter_smooth before",),
     ),
     "a residual rotation without fused norms": (
-        f"rotate_residual,{RTN}", {}, ("rotate_residual requires|norm gains are one|put fuse_norms before it",),
+        f"rotate_residual,{RTN}", {},
+        ("rotate_residual requires|norm gains are one|put fuse_norms before it",),
     ),
     "a residual rotation over gains that smoothing has brought back": (
-        f"fuse_norms,iter_smooth,rotate_residual,{RTN}", {}, ("rotate_residual requires|put fuse_norms before it",),
+        f"fuse_norms,iter_smooth,rotate_residual,{RTN}", {},
+        ("rotate_residual requires|put fuse_norms before it",),
     ),
     "heads rotated behind an online rotation": (
         f"online_rotation,rotate_heads,{RTN}", {"scheme": "w4a4"},
@@ -155,10 +118,6 @@ def test_types_that_are_asked_for_are_taken_without_a_word() -> None:
 # Schemes.
 
 
-def schemes(found: Plan) -> dict[str, str]:
-    return {str(n.target): str(n.meta["scheme"]) for n in found.final.graph.nodes if "scheme" in n.meta}
-
-
 def test_auto_gives_the_writers_of_gated_products_four_bits() -> None:
     for family, gated in (("llama", ("gate_proj", "up_proj")), ("phi3", ("gate_up_proj",))):
         for name, scheme in schemes(planned(family, RTN)).items():
@@ -181,7 +140,10 @@ def test_only_linears_of_blocks_are_quantized() -> None:
 
 
 def test_a_matrix_that_no_linear_holds_is_told_of() -> None:
-    assert any("stay float" in note and "experts" in note or "gate" in note for note in planned("mixtral", RTN).notes)
+    assert any(
+        note.startswith("9 matrices that no linear holds stay float")
+        for note in planned("mixtral", RTN).notes
+    )
 
 
 def test_the_first_rule_that_matches_wins_and_an_unused_one_is_an_error() -> None:
@@ -190,98 +152,16 @@ def test_the_first_rule_that_matches_wins_and_an_unused_one_is_an_error() -> Non
     fours = [name for name, scheme in schemes(found).items() if scheme == "W4A4"]
     assert fours == [f"model.layers.{i}.mlp.{x}_proj" for i in (0, 2) for x in ("gate", "up", "down")]
     wrong = Scheme("mine", (Rule(include=("*.donw_proj",), scheme=W4A4), *rules))
-    only(planned("llama", RTN, scheme=wrong), "scheme mine|'*.donw_proj' matches nothing|did you mean '*.down_proj'?")
+    only(
+        planned("llama", RTN, scheme=wrong),
+        "scheme mine|'*.donw_proj' matches nothing|did you mean '*.down_proj'?",
+    )
 
 
 def test_a_scheme_that_quantizes_nothing_is_told_of() -> None:
     for found in (planned("llama", "iter_smooth"), planned("llama", RTN, scheme="float")):
         assert any("no linear is quantized" in note for note in found.notes)
         only(found)
-
-
-# Globs, options and names.
-
-GLOBS = [
-    ("iter_smooth{include=*.up_porj}", "iter_smooth|include '*.up_porj' matches nothing|did you mean '*.up_proj'?"),
-    ("iter_smooth{exclude=*.v_prj}", "iter_smooth|exclude '*.v_prj'|did you mean '*.v_proj'?"),
-    ("iter_smooth{include=*.q_proj}", "include '*.q_proj' matches modules, but none that could be chosen|up_proj"),
-    ("iter_smooth{include=*layernorm, enable_subgraph_type=ov}", "matches modules, but none"),
-    ("online_rotation{include=*.up_proj}", "online_rotation: include|matches modules, but none|o_proj"),
-]
-
-
-@pytest.mark.parametrize(("passes", "words"), GLOBS)
-def test_a_glob_that_chooses_nothing_is_an_error(passes: str, words: str) -> None:
-    only(planned("llama-128", f"{passes},{RTN}", scheme="w4a4"), words)
-
-
-@pytest.mark.parametrize(
-    ("glob", "count"),
-    [("lm_head", 0), ("*.down_proj", 3), ("model.layers.{0,2}.*", 14), ("model.layers.1.self_attn.o_proj", 1), ("*", 21)],
-)  # fmt: skip
-def test_globs_choose_linears(glob: str, count: int) -> None:
-    found = planned("llama", (LinearQuant(include=(glob,)),))
-    assert len(schemes(found)) == count
-    assert bool(found.problems) == (count == 0)
-
-
-REFUSED = {
-    "iter_smoth,linear_quant": "unknown pass 'iter_smoth'; did you mean iter_smooth?",
-    "quarto": "unknown pass 'quarto'; did you mean quarot?",
-    "iter_smooth{alhpa=0.5}": "unknown option of iter_smooth 'alhpa'; did you mean alpha?",
-    "quarot{onlin=true}": "unknown option of quarot 'onlin'; did you mean online?",
-    "fuse_norms{x=1}": "fuse_norms has no options",
-    "iter_smooth{alpha=1.5}": "alpha=1.5: it must be between 0 and 1",
-    "iter_smooth{alpha=nan}": "between 0 and 1",
-    "iter_smooth{alpha=high}": "alpha=high}: it is a number",
-    "iter_smooth{scale_min=0}": "scale_min=0.0: it must be positive",
-    "iter_smooth{scale_min=inf}": "scale_min=inf",
-    "iter_smooth{symmetric=no}": "it is true or false",
-    "iter_smooth{group_method=median}": "it is one of max, mean",
-    "iter_smooth{enable_subgraph_type=ov+qk}": "enable_subgraph_type=qk: types are up-down, ov",
-    "iter_smooth{alpha}": "has no value; write alpha=VALUE",
-    "iter_smooth{alpha=0.5, alpha=0.6}": "given twice",
-    "iter_smooth{alpha=0.5": "a brace is not closed",
-    "iter_smooth}alpha=0.5{": "braces do not pair up",
-    "iter_smooth{alpha=0.5}x": "something after its closing brace",
-    "quarot{block_size=6}": "block_size=6: it must be -1 or a power of 2",
-    "online_rotation{factor=walsh}": "it is one of hadamard, random",
-    "iter_smoothalpha=0.5": "the shell has expanded",
-    "": "no passes were given",
-    " , ": "no passes were given",
-}
-
-
-@pytest.mark.parametrize("passes", REFUSED)
-def test_a_misspelled_list_is_refused_with_what_was_meant(passes: str) -> None:
-    with pytest.raises(Refused) as refused:
-        planned("llama", passes)
-    assert REFUSED[passes] in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"scheme": "w4a5"}, "unknown scheme 'w4a5'; did you mean w4a4"),
-        ({"target": "vllm-ascent"}, "unknown target 'vllm-ascent'; did you mean vllm-ascend?"),
-    ],
-)
-def test_an_unknown_name_is_refused_with_what_was_meant(options: dict[str, str], words: str) -> None:
-    with pytest.raises(Refused) as refused:
-        planned("llama", RTN, **options)
-    assert words in str(refused.value)
-
-
-def test_spelling_options_and_giving_values_are_the_same() -> None:
-    text = "iter_smooth{alpha=0.7, symmetric=false, enable_subgraph_type=ov+norm-linear, include=*.v_proj+*norm},quarot"
-    found = planned("llama", text)
-    first = IterSmooth(
-        alpha=0.7, symmetric=False, enable_subgraph_type=("ov", "norm-linear"), include=("*.v_proj", "*norm")
-    )
-    assert [step.what for step in found.steps] == [first, *quarot()]
-    spelled = [str(step.what) for step in found.steps]
-    assert [step.what for step in planned("llama", spelled).steps] == [step.what for step in found.steps]
-    assert any(note == "quarot is fuse_norms, rotate_residual, rotate_heads" for note in found.notes)
 
 
 # Widths.
@@ -336,7 +216,7 @@ def test_ranks_that_do_not_divide_are_refused_with_those_that_do() -> None:
 def test_a_bias_that_has_no_place_is_refused_with_the_pass_that_makes_it() -> None:
     only(
         planned("llama", f"iter_smooth{{symmetric=false}},{RTN}", scheme="w8a8"),
-        "q_proj and 14 more alike|iter_smooth gives it a bias|make iter_smooth symmetric, or take w8a8-static",
+        "q_proj and 14 more alike|iter_smooth gives it a bias|make iter_smooth symmetric, or take w8a8-stat",
     )
     only(planned("llama", f"iter_smooth{{symmetric=false}},{RTN}", scheme="w8a8-static"))
 
@@ -353,15 +233,19 @@ def test_a_format_that_the_target_has_not_is_refused() -> None:
 # What it prints, and what it costs.
 
 
+PRINTED = "iter_smooth,quarot,online_rotation{enable_subgraph_type=up-down},linear_quant"
+
+
 def test_the_printed_plan(snapshot: SnapshotAssertion) -> None:
-    found = planned("qwen3-128", "iter_smooth,quarot{online=true},linear_quant", scheme="w4a4")
+    found = planned("qwen3-128", PRINTED, scheme="w4a4")
+    only(found)
     assert plan_text(found) == snapshot
-    assert plan_text(found) == plan_text(planned("qwen3-128", "iter_smooth,quarot{online=true},linear_quant", scheme="w4a4"))
+    assert plan_text(found) == plan_text(planned("qwen3-128", PRINTED, scheme="w4a4"))
 
 
 def test_the_printed_plan_of_a_wrong_order(snapshot: SnapshotAssertion) -> None:
-    found = planned("qwen3-128", "quarot{online=true},iter_smooth{enable_subgraph_type=ov+norm-linear},linear_quant")
-    assert plan_text(found) == snapshot
+    passes = "quarot{online=true},iter_smooth{enable_subgraph_type=ov+norm-linear},linear_quant"
+    assert plan_text(planned("qwen3-128", passes)) == snapshot
 
 
 def test_the_plan_for_machines_says_the_same() -> None:
@@ -395,9 +279,6 @@ def test_bytes_are_those_of_the_layout() -> None:
     assert cost.schemes == (("W4A4", 21),)
 
 
-# From the command line.
-
-
 @pytest.fixture
 def uncertified(monkeypatch: pytest.MonkeyPatch) -> None:
     """Capture without its own certificate, which has its own tests."""
@@ -410,57 +291,6 @@ def test_a_directory_with_a_config_alone_can_be_planned(tmp_path: Path) -> None:
     found = plan_of(tmp_path, "iter_smooth,quarot,linear_quant")
     only(found)
     assert cost_of(found) == cost_of(planned("llama-128", "iter_smooth,quarot,linear_quant"))
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run ``qc`` on a family that is captured already: exit status, output, errors."""
-    monkeypatch.setattr("qc.compiler.compile.capture", lambda model, **options: captured(str(model)))
-
-    def run(*argv: str) -> tuple[int, str, str]:
-        try:
-            status = main(argv)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
-def test_plan_exits_with_0_or_2_and_prints_either_way(command: Any) -> None:
-    status, out, err = command("plan", "llama-128", "--passes", "iter_smooth,quarot,linear_quant")
-    assert (status, err) == (0, "")
-    assert out == plan_text(planned("llama-128", "iter_smooth,quarot,linear_quant"))
-    status, out, _ = command("plan", "llama-128", "--passes", "linear_quant,quarot")
-    assert status == 2
-    assert "problems (3):" in out
-    status, out, _ = command("plan", "llama-128", "--passes", "linear_quant", "--json", "--tp", "2")
-    assert status == 0
-    assert json.loads(out)["tp"] == 2
-
-
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (("--passes", "iter_smoothalpha=0.7,quarot", "iter_smoothscale_min=1,quarot"), "the shell has expanded the braces"),
-        (("--passes", "iter_smoothalpha=0.7"), "the shell has expanded"),
-        (("--passes", "linear_quant", "more"), "unexpected words: more"),
-        (("--passes", "linear_quant", "--tp", "0"), "--tp 0"),
-        (("--passes", "linear_quant", "--samples", "0"), "--samples 0"),
-        (("--passes", "linear_quant", "--dtype", "float16"), "--dtype float16: it is auto, bfloat16 or float32"),
-        (("--passes", "linear_quant", "--device", "npu"), "--device npu"),
-        (("--passes", "linear_quant", "--sheme", "w8a8"), "unrecognized arguments: --sheme"),
-        (("--passes", "linear_quant", "--scheme", "w9"), "unknown scheme 'w9'"),
-        (("--passes", "linear_qaunt"), "did you mean linear_quant"),
-    ],
-)  # fmt: skip
-def test_bad_words_exit_with_2_and_say_what_is_wrong(command: Any, argv: tuple[str, ...], words: str) -> None:
-    status, out, err = command("plan", "llama", *argv)
-    assert status == 2
-    assert words in err
-    assert out == ""
-    assert "Traceback" not in err
 
 
 def test_a_plan_is_the_same_for_the_same_seed_and_not_for_another() -> None:

@@ -232,7 +232,9 @@ def test_a_wrong_rotation_is_caught_on_the_twin_before_a_weight_is_read(
             raise AssertionError(f"a weight was asked for: {name}")
 
     program = replace(twin, source=Unread(), twin=twin)  # type: ignore[arg-type]
-    plan = make_plan(replace(program, source=twin.source), "quarot,iter_smooth", scheme="float", target="modelslim")
+    plan = make_plan(
+        replace(program, source=twin.source), "quarot,iter_smooth", scheme="float", target="modelslim"
+    )
     plan = replace(plan, program=program)
     assert "keep the twin's logits" in prove_on_twin(plan)
     forgets(Verb.ROTATE_OUT, "embed_tokens")(monkeypatch)
@@ -323,7 +325,7 @@ STAGES = {
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", [name for name in STAGES])
+@pytest.mark.parametrize("name", list(STAGES))
 def test_statistics_are_those_of_the_model_as_rewritten_so_far(
     name: str, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,4 +375,7 @@ def test_a_program_is_not_changed_by_planning_or_solving() -> None:
 
 def state(program: Program) -> list[tuple[str, ...]]:
     facts = ("scheme", "unit", "rotated", "shifted", "note")
-    return [(n.name, f"{n.target} {n.args}", *(str(n.meta.get(fact)) for fact in facts)) for n in program.graph.nodes]
+    return [
+        (n.name, f"{n.target} {n.args}", *(str(n.meta.get(fact)) for fact in facts))
+        for n in program.graph.nodes
+    ]

@@ -117,7 +117,7 @@ def outside(program: Program, part: Part) -> tuple[fx.Node, ...]:
 
 
 def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
-    """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... in order of first use."""
+    """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... by first use."""
     names = {node: f"in{i}" for i, node in enumerate(outside(program, part))}
     prefix = part.name + "." if part.kind >= 0 else ""
     count = 0

@@ -13,8 +13,8 @@ from .rows import Sizes, names_of, outside, rows
 def text(program: Program, *, layer: int | None = None, part: Part | None = None) -> str:
     """The program as text: prologue, blocks, epilogue, ties and notes. No ids, no times, no paths.
 
-    Consecutive blocks whose lines are the same are printed once, with a table that says which value feeds which
-    input in which layer. ``layer`` prints that block alone, ``part`` any part alone.
+    Consecutive blocks whose lines are the same are printed once, with a table that says which value feeds
+    which input in which layer. ``layer`` prints that block alone, ``part`` any part alone.
 
     Raises:
         IndexError: There is no block ``layer``.

@@ -1,0 +1,283 @@
+"""The whole way: a checkpoint goes in, a checkpoint that computes the same comes out, or nothing does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.random_llama import character_tokenizer
+from qc.compiler import edit as edits_of
+from qc.compiler.capture import capture
+from qc.compiler.cli import main
+from qc.compiler.compile import Options, Result, compile
+from qc.compiler.cost import cost_of
+from qc.compiler.edit import Verb
+from qc.compiler.errors import Refused
+from qc.compiler.execute import execute, inputs_of
+from qc.compiler.fake_quant import fake_act
+from qc.compiler.load import load
+from qc.compiler.program import Program
+from qc.compiler.solve import Progress, _PartSolver
+from qc.compiler.weights import Checkpoint
+from qc.runtime.quantize import dequantize
+from tests.families import ALL, build
+from tests.programs import captured, config_of
+
+SAME = 0.01
+"""Usually 1e-6; one activation that falls on the other side of a rounding makes more of it."""
+ROTATED = "iter_smooth,quarot,iter_smooth,linear_quant"
+ONLINE = "iter_smooth,quarot{online=true},linear_quant"
+
+
+# What comes out computes what went in.
+
+EXPORTS = [
+    ("llama-128", "w8a8", "iter_smooth,linear_quant", "vllm-ascend", 0.03),
+    ("llama-128", "w8a8-static", "iter_smooth,linear_quant", "vllm-ascend", 0.05),
+    ("llama-128", "w8a16", "linear_quant", "vllm-ascend", 0.02),
+    ("llama-128", "w4a4", ONLINE, "vllm-ascend", 0.6),
+    ("llama-128", "auto", ROTATED, "vllm-ascend", 0.5),
+    ("llama-128", "float", "iter_smooth,quarot,iter_smooth", "vllm-ascend", 0.02),
+    ("llama-128", "w4a16", "linear_quant", "modelslim", 0.4),
+    ("llama-128", "w4a16-g64", "linear_quant", "modelslim", 0.4),
+    ("llama-128", "w8a8-static", "iter_smooth{symmetric=false},linear_quant", "vllm-ascend", 0.05),
+    ("llama-128", "float", "iter_smooth{symmetric=false}", "modelslim", 0.02),
+    ("llama-128", "w4a4", "iter_smooth,quarot{online=true},autoround{iters=2}", "vllm-ascend", 0.5),
+    ("llama-128", "w4a16-g64", "autoround{iters=2}", "modelslim", 0.2),
+    ("qwen3", "w8a8", ROTATED, "vllm-ascend", 0.03),
+    ("qwen3", "auto", "iter_smooth,linear_quant", "vllm-ascend", 0.5),
+    ("qwen2", "w8a8", ROTATED, "vllm-ascend", 0.03),
+    ("qwen2", "w8a8-static", "iter_smooth,linear_quant", "vllm-ascend", 0.05),
+    ("qwen2", "float", "quarot,iter_smooth{symmetric=false}", "modelslim", 0.02),
+    ("smollm2", "w8a8", ROTATED, "vllm-ascend", 0.03),
+    ("smollm2", "w8a8", "iter_smooth,linear_quant", "vllm-ascend", 0.03),
+    ("phi3", "w8a8", "iter_smooth,quarot{block_size=16},linear_quant", "vllm-ascend", 0.03),
+    ("gpt2", "w8a8", "iter_smooth,linear_quant", "modelslim", 0.03),
+    ("opt", "w8a8", "iter_smooth,linear_quant", "vllm-ascend", 0.03),
+]
+
+
+@pytest.mark.parametrize(("family", "scheme", "passes", "target", "bound"), EXPORTS)
+def test_the_export_computes_what_the_model_computes(
+    family: str, scheme: str, passes: str, target: str, bound: float,
+    home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    place = home(family)
+    rounded = recorded(monkeypatch)
+    result = compiled(place, tmp_path / "out", passes, scheme=scheme, target=target)
+    want = logits(load(place.path, dtype=torch.float32))
+    got = logits(load(tmp_path / "out", dtype=torch.float32))
+    assert distance(got, want) < bound
+    assert distance(got, simulated(result, rounded)) < SAME, "the files are not what the compile rounded"
+    assert scheme == "float" or distance(got, want) > 1e-4
+    on_disk_as_planned(result)
+
+
+def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the solver had in hand when it wrote each part."""
+    found: dict[str, Any] = {"tensors": {}, "quantized": {}, "schemes": {}}
+    write = _PartSolver._write
+
+    def keeping(self: _PartSolver) -> None:
+        wide = {n: rows.finished(self.plan.program, torch.float32) for n, rows in self.rowwise.items()}
+        found["tensors"] |= {**self.tensors, **wide}
+        found["quantized"] |= self.quantized
+        found["schemes"] |= self.schemes
+        write(self)
+
+    patch.setattr(_PartSolver, "_write", keeping)
+    return found
+
+
+def simulated(result: Result, held: Mapping[str, Any]) -> Tensor:
+    """The rewritten graph in float32 with linears on their grids, rounded where the served ops round."""
+    program, (ids, mask) = result.plan.final, rows()
+    tensors = {n: t.bfloat16().float() if t.is_floating_point() else t for n, t in held["tensors"].items()}
+
+    def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        q = held["quantized"].get(name)
+        if q is None:
+            return F.linear(x, weight, bias)
+        scheme, y = held["schemes"][name], dequantize(q.weight, q.scale)
+        if scheme.static:
+            assert q.input_scale is not None
+            steps = (
+                (x * q.input_scale.reciprocal().bfloat16().float() + q.input_offset).round().clamp(-128, 127)
+            )
+            grid = (q.input_scale * q.scale).flatten()
+            bias = None if q.bias is None else (q.bias / grid).round() * grid  # quant_bias
+            return F.linear((steps - q.input_offset) * q.input_scale, y, bias)
+        else:
+            y = F.linear(fake_act(x, scheme, q), y)
+        y = y.half().float() if scheme.act and scheme.act.bits == 4 and q.left is None else y
+        return y if q.bias is None else y + q.bias.bfloat16().float()
+
+    env: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    with torch.no_grad():
+        for part in program.parts:
+            given = {node: env[node.name] for node in inputs_of(program, part)}
+            found = execute(program, part, tensors, given, dtype=torch.float32, linear=linear)
+            env |= {node.name: value for node, value in found.items()}
+    (output,) = (node for node in program.graph.nodes if node.op == "output")
+    return env[output.args[0].name][mask.bool()]
+
+
+def on_disk_as_planned(result: Result) -> None:
+    """Bytes and bits that the plan announced, counted in the files."""
+    cost, tensors = cost_of(result.plan), tensors_of(result.path)
+    assert cost.disk_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
+    index = json.loads((result.path / "quant_model_weights.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    bits = weights = 0
+    schemes = {str(n.target): n.meta["scheme"] for n in result.plan.final.graph.nodes if "scheme" in n.meta}
+    for name, scheme in schemes.items():
+        prefix = result.plan.layout.prefixes[name]
+        weight = tensors[f"{prefix}.weight"]
+        scales = tensors.get(f"{prefix}.weight_scale", tensors.get(f"{prefix}.deq_scale"))
+        assert weight.dtype is torch.int8
+        assert scales is not None
+        bits += weight.numel() * scheme.weight.bits + 32 * scales.numel()
+        weights += weight.numel()
+        assert scheme.weight.qmin <= int(weight.min()) <= int(weight.max()) <= scheme.weight.qmax
+    if weights:
+        assert cost.bits_per_weight == pytest.approx(bits / weights)
+
+
+def test_ranks_quantize_their_own_channels(
+    home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounded = recorded(monkeypatch)
+    result = compiled(home("llama-128"), tmp_path / "out", ONLINE, scheme="w4a4", tp=2)
+    model = load(tmp_path / "out", dtype=torch.float32)
+    assert model.get_submodule("model.layers.0.mlp.down_proj").blocks == 2
+    assert distance(logits(model), simulated(result, rounded)) < SAME
+    on_disk_as_planned(result)
+
+
+def test_a_float32_model_is_exported_in_bfloat16(home: Callable[[str], Home], tmp_path: Path) -> None:
+    place, wide = home("llama-128"), tmp_path / "wide"
+    load(place.path, dtype=torch.float32).save_pretrained(wide)
+    program = replace(place.program, path=str(wide), source=Checkpoint(wide, place.program.root))
+    result = compile(program, "quarot", tmp_path / "out", Options(scheme="float"))
+    assert all(tensor.dtype is torch.bfloat16 for tensor in tensors_of(result.path).values())
+    assert json.loads((result.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert distance(logits(load(result.path)), logits(load(place.path))) < 0.03
+
+
+def test_nothing_to_do_copies_the_weights_bit_for_bit(home: Callable[[str], Home], tmp_path: Path) -> None:
+    place = home("llama-128")
+    compiled(place, tmp_path / "out", "linear_quant", scheme="float")
+    before, after = tensors_of(place.path), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("passes", "tied"), [("iter_smooth", True), ("quarot", False), ("fuse_norms", False)]
+)
+def test_tied_embeddings_stay_tied_until_one_side_changes(
+    passes: str, tied: bool, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    place = home("smollm2")
+    compiled(place, tmp_path / "out", passes, scheme="float")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in tensors_of(tmp_path / "out")) is not tied
+    want, got = (logits(load(path)) for path in (place.path, tmp_path / "out"))
+    assert distance(got, want) < 0.03
+
+
+def test_what_stands_beside_the_weights(home: Callable[[str], Home], tmp_path: Path) -> None:
+    place = home("llama-128")
+    result = compiled(place, tmp_path / "out", ONLINE, scheme="w4a4")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names >= {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "run.json",
+        "quant_model_description.json", "quant_model_weights.safetensors.index.json", "qc_journal.jsonl",
+        "qc_plan.txt",        "qc_manifest.json",
+    }  # fmt: skip
+    journal = [json.loads(line) for line in (tmp_path / "out" / "qc_journal.jsonl").read_text().splitlines()]
+    proofs = [entry for entry in journal if "certificate" in entry]
+    assert len(proofs) == result.journal.proofs
+    assert all(0 <= entry["certificate"]["math"] < 1e-12 for entry in proofs)
+    where = {(entry["part"], entry["pass"]) for entry in proofs}
+    assert where >= {
+        ("prologue", "rotate_residual"),
+        ("epilogue", "rotate_residual"),
+        ("model.layers.2", "fuse_norms"),
+    }
+    noise = [entry["sqnr_db"] for entry in journal if "sqnr_db" in entry]
+    assert sum(map(len, noise)) == 21
+    assert all(5 < value < 60 for part in noise for value in part.values())
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["seconds"] > 0
+    assert run["peak_memory_bytes"] > 1e8
+    manifest = json.loads((tmp_path / "out" / "qc_manifest.json").read_text())
+    assert hashlib.sha256(place.text.read_bytes()).hexdigest() in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("passes", [ONLINE, "iter_smooth,quarot,autoround{iters=2}"])
+def test_two_runs_write_the_same_bytes(passes: str, home: Callable[[str], Home], tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    for name in ("one", "two"):
+        compiled(home("llama-128"), tmp_path / name, passes, scheme="w4a4")
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random state was touched"
+    one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert [name for name in one if one[name] != two[name]] in ([], ["run.json"])
+
+
+def test_another_seed_is_another_rotation_of_the_same_function(
+    home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    place = home("llama-128")
+    found = []
+    for seed in (0, 1):
+        compiled(place, tmp_path / str(seed), "quarot", scheme="float", seed=seed)
+        found.append(tensors_of(tmp_path / str(seed))["model.embed_tokens.weight"])
+    assert not torch.equal(*found)
+    assert distance(logits(load(tmp_path / "0")), logits(load(tmp_path / "1"))) < 0.03
+
+
+def test_a_model_in_memory_is_compiled_with_the_tokenizer_that_is_given(tmp_path: Path) -> None:
+    program = captured("llama")
+    options = Options(scheme="w8a8", **SAMPLES)
+    with pytest.raises(Refused, match="no tokenizer"):
+        compile(program, "iter_smooth,linear_quant", tmp_path / "out", options)
+    spelled = dataclasses.replace(
+        options, tokenizer=lambda text, **_: {"input_ids": [ord(c) % 90 for c in text]}
+    )
+    compile(program, "iter_smooth,linear_quant", tmp_path / "out", spelled)
+    model = build(ALL["llama"]()).float()
+    assert distance(logits(load(tmp_path / "out", dtype=torch.float32)), logits(model)) < 0.1
+
+
+def test_a_part_quantized_first_does_not_disturb_what_follows(
+    home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EXACT pass between two quantizers: later blocks must still see the float model."""
+    rounded = recorded(monkeypatch)
+    passes = (
+        "linear_quant{include=*.up_proj+*.gate_proj},online_rotation{enable_subgraph_type=ov},linear_quant"
+    )
+    result = compiled(home("llama-128"), tmp_path / "out", passes, scheme="w4a4")
+    got = logits(load(tmp_path / "out", dtype=torch.float32))
+    assert distance(got, simulated(result, rounded)) < SAME
