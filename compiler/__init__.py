@@ -1,0 +1,1 @@
+"""The compiler: graphs, checks and plans; no algorithm and no model."""

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
-
 from .edit import Edit
 from .operand import Hadamard, Slot
 from .pattern import Pattern

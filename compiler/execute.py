@@ -19,7 +19,7 @@ Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 class LinearHook(Protocol):
     """What may run in the place of a linear leaf."""
 
-    def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor:
         """The linear ``name`` on x [..., in], with weight [out, in] and bias [out] as they were handed in."""
         ...
 

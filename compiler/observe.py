@@ -46,6 +46,7 @@ class Observers:
         self.found: dict[Statistic, Tensor] = {}
 
     def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The linear itself, observed."""
         for statistic in self.wanted.get(name, ()):
             measure, join = KINDS[statistic.kind]
             new = measure(x.reshape(-1, x.shape[-1]))

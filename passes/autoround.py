@@ -95,7 +95,8 @@ class AutoRound(Pass):
             by_block.setdefault(parts[name], []).append(Edit(Verb.SWAP, Site(name), operand))
         names = {part.index: part.name for part in program.parts}
         rewrites = tuple(
-            Rewrite(self.name, "linear", names[index], tuple(edits), LOSSY) for index, edits in by_block.items()
+            Rewrite(self.name, "linear", names[index], tuple(edits), LOSSY)
+            for index, edits in by_block.items()
         )
         return Answer(rewrites, (), problems)
 

@@ -46,7 +46,9 @@ class FuseNorms(Pass):
             edits.append(Edit(Verb.SET_UNIT, match.norm))
             rewrites.append(Rewrite(self.name, "norm_linear", match.norm.module, tuple(edits), EXACT))
         if left:
-            return Answer(tuple(rewrites), notes=(f"{len(left)} norms have a bias and stay: first {left[0]}",))
+            return Answer(
+                tuple(rewrites), notes=(f"{len(left)} norms have a bias and stay: first {left[0]}",)
+            )
         if rewrites:
             return Answer(tuple(rewrites))
         miss = norm_linear.nearest(program)

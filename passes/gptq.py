@@ -11,7 +11,9 @@ BLOCK = 64
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def gptq(
+    weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01
+) -> tuple[Tensor, Tensor]:
     """Integers [out, in] (float32) that minimise ``|| (W - s q) X ||``, and the compensated weight that they round.
 
     Columns are taken in the order of falling ``diag(H)``. Channels that were never active get ``damping`` times

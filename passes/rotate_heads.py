@@ -54,6 +54,8 @@ class RotateHeads(Pass):
         if not rewrites and not problems:
             miss = ov_heads.nearest(program)
             notes = (
-                f"no site. {miss.at}: {miss.reason}" if miss is not None else "no site: no linear feeds an attention",
+                f"no site. {miss.at}: {miss.reason}"
+                if miss is not None
+                else "no site: no linear feeds an attention",
             )
         return Answer(tuple(rewrites), notes, tuple(problems))

@@ -1,4 +1,4 @@
-"""Learned rounding: offsets and scales of all linears of a block trained together, from a closed-form start."""
+"""Learned rounding: offsets and scales of a block's linears, trained together from a closed-form start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..runtime.quantize import qmax, round_scale
 
 TRAVEL = 0.4
-"""How far an offset can move during a whole training, in integer steps, however many iterations that takes."""
+"""How far an offset can move in a whole training, in integer steps, however many iterations that takes."""
 STRETCH = 0.02
 """How far a scale can move, as a share of itself."""
 MOMENTUM = 0.8
@@ -25,10 +25,10 @@ JUDGEMENTS = 5
 def preconditioner(hessian: Tensor) -> Tensor:
     """``(H / mean diag H + DAMPING I)^-1``, [in, in] float32, of the second moment H of a linear's input.
 
-    A gradient of a weight is large along the directions in which its inputs are. Multiplied by this it asks for
-    the change of the weight that reduces the loss, not for the one that changes the output most; without it the
-    first steps undo the cancellation of errors that GPTQ made, and a short training ends worse than its start.
-    Linears that read one value share it. A channel that is never active is only damped.
+    A gradient of a weight is large along the directions in which its inputs are. Multiplied by this it asks
+    for the change of the weight that reduces the loss, not for the one that changes the output most; without
+    it the first steps undo the cancellation of errors that GPTQ made, and a short training ends worse than it
+    began. Linears that read one value share it. A channel that is never active is only damped.
 
     Source: the input factor of K-FAC (arXiv 1503.05671).
     """
@@ -42,8 +42,8 @@ def preconditioner(hessian: Tensor) -> Tensor:
 class Rounding:
     """One linear in training: ``q = clamp(round(w / s0 + v))``, dequantized with ``s = s0 m``.
 
-    The start is v = 0, m = 1: what the closed-form rounding gave. Integers do not follow the scale, so that v and
-    m are moved independently.
+    The start is v = 0, m = 1: what the closed-form rounding gave. Integers do not follow the scale, so that v
+    and m are moved independently.
     """
 
     weight: Tensor
@@ -103,12 +103,12 @@ class Rounding:
     def move_offset(self, gradient: Tensor, rate: float) -> None:
         """A step of at most ``rate`` per offset, against the smoothed and preconditioned gradient.
 
-        ``d = momentum(dL/dw) P / s``, in integer steps; the step is ``rate clamp(d / rms_row(d), -1, 1)``: a sign
-        where the gradient is clear, less where it is noise.
+        ``d = momentum(dL/dw) P / s``, in integer steps; the step is ``rate clamp(d / rms_row(d), -1, 1)``: a
+        sign where the gradient is clear, less where it is noise.
         """
         wide = self.wide(self.scale)
         slope = gradient / wide  # of the weight, from that of its offset
-        smooth = slope if self.momentum is None else self.momentum.mul_(MOMENTUM).add_(slope, alpha=1 - MOMENTUM)
+        smooth = slope if self.momentum is None else self.momentum.lerp(slope, 1 - MOMENTUM)
         self.momentum = smooth
         step = (smooth if self.curvature is None else smooth @ self.curvature) / wide
         size = step.square().mean(1, keepdim=True).sqrt()
@@ -132,13 +132,13 @@ def train(
 ) -> tuple[float, float]:  # fmt: skip
     """Train in place and keep the state with the least loss on the held-out microbatches, the start included.
 
-    Each iteration draws one microbatch, in an order that ``generator`` shuffles anew for every epoch. Steps decay
-    linearly to zero and add up to ``TRAVEL`` (``STRETCH`` for scales) whatever ``iters`` is, so that few
-    iterations do not take wild steps. A loss that is not finite never becomes the best.
+    Each iteration draws one microbatch, in an order that ``generator`` shuffles anew for every epoch. Steps
+    decay linearly to zero and add up to ``TRAVEL`` (``STRETCH`` for scales) whatever ``iters`` is: a few of them
+    take no wild steps. A loss that is not finite never becomes the best.
 
     Returns the held-out loss of the start and of what was kept.
 
-    Source: SignRound / AutoRound (arXiv 2309.05516), section 3, with the step of :meth:`Rounding.move_offset`.
+    Source: AutoRound (arXiv 2309.05516), section 3, with the step of :meth:`Rounding.move_offset`.
     """
     if iters < 0 or not held_out or (iters and not training):
         raise ValueError("training needs iters >= 0 and microbatches both to train and to judge on")

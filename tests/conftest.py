@@ -15,6 +15,7 @@ from benchmarks.random_llama import character_tokenizer
 from benchmarks.smollm2 import smollm2 as find_smollm2
 from benchmarks.texts import Texts, find_texts
 from tests.families import ALL, build
+from tests.homes import Home, homes
 
 settings.register_profile("qc", deadline=None, derandomize=True)
 settings.load_profile("qc")
@@ -54,3 +55,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folder
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Home]:
+    """Family name to a tiny checkpoint with its program and calibration text; nothing writes there."""
+    return homes(tmp_path_factory)

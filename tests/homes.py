@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,35 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.random_llama import character_tokenizer
-from qc.compiler import edit as edits_of
 from qc.compiler.capture import capture
-from qc.compiler.cli import main
 from qc.compiler.compile import Options, Result, compile
-from qc.compiler.cost import cost_of
-from qc.compiler.edit import Verb
-from qc.compiler.errors import Refused
-from qc.compiler.execute import execute, inputs_of
-from qc.compiler.fake_quant import fake_act
-from qc.compiler.load import load
 from qc.compiler.program import Program
-from qc.compiler.solve import Progress, _PartSolver
 from qc.compiler.weights import Checkpoint
-from qc.runtime.quantize import dequantize
-from tests.families import ALL, build
+from tests.families import build
 from tests.programs import captured, config_of
 
 TEXT = "the quick brown fox jumps over the lazy dog; "
-SAME = 0.01
-"""Usually 1e-6; one activation that falls on the other side of a rounding makes more of it."""
 SAMPLES: dict[str, Any] = {"samples": 15, "length": 24}
-ROTATED = "iter_smooth,quarot,iter_smooth,linear_quant"
-ONLINE = "iter_smooth,quarot{online=true},linear_quant"
 
 
 @dataclass(frozen=True)
@@ -95,10 +72,6 @@ def logits(model: Any) -> Tensor:
     ids, mask = rows()
     with torch.no_grad():
         return model(ids, attention_mask=mask).logits.float()[mask.bool()]
-
-
-def distance(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
 
 
 def tensors_of(out: Path) -> dict[str, Tensor]:

@@ -5,40 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.random_llama import character_tokenizer
-from qc.compiler import edit as edits_of
-from qc.compiler.capture import capture
-from qc.compiler.cli import main
 from qc.compiler.compile import Options, Result, compile
 from qc.compiler.cost import cost_of
-from qc.compiler.edit import Verb
 from qc.compiler.errors import Refused
 from qc.compiler.execute import execute, inputs_of
 from qc.compiler.fake_quant import fake_act
 from qc.compiler.load import load
-from qc.compiler.program import Program
-from qc.compiler.solve import Progress, _PartSolver
+from qc.compiler.solve import _PartSolver
 from qc.compiler.weights import Checkpoint
 from qc.runtime.quantize import dequantize
 from tests.families import ALL, build
-from tests.programs import captured, config_of
+from tests.homes import SAMPLES, Home, compiled, logits, rows, tensors_of
+from tests.programs import captured, relative
 
 SAME = 0.01
 """Usually 1e-6; one activation that falls on the other side of a rounding makes more of it."""
@@ -84,9 +72,9 @@ def test_the_export_computes_what_the_model_computes(
     result = compiled(place, tmp_path / "out", passes, scheme=scheme, target=target)
     want = logits(load(place.path, dtype=torch.float32))
     got = logits(load(tmp_path / "out", dtype=torch.float32))
-    assert distance(got, want) < bound
-    assert distance(got, simulated(result, rounded)) < SAME, "the files are not what the compile rounded"
-    assert scheme == "float" or distance(got, want) > 1e-4
+    assert relative(got, want) < bound
+    assert relative(got, simulated(result, rounded)) < SAME, "the files are not what the compile rounded"
+    assert scheme == "float" or relative(got, want) > 1e-4
     on_disk_as_planned(result)
 
 
@@ -167,7 +155,7 @@ def test_ranks_quantize_their_own_channels(
     result = compiled(home("llama-128"), tmp_path / "out", ONLINE, scheme="w4a4", tp=2)
     model = load(tmp_path / "out", dtype=torch.float32)
     assert model.get_submodule("model.layers.0.mlp.down_proj").blocks == 2
-    assert distance(logits(model), simulated(result, rounded)) < SAME
+    assert relative(logits(model), simulated(result, rounded)) < SAME
     on_disk_as_planned(result)
 
 
@@ -178,7 +166,7 @@ def test_a_float32_model_is_exported_in_bfloat16(home: Callable[[str], Home], tm
     result = compile(program, "quarot", tmp_path / "out", Options(scheme="float"))
     assert all(tensor.dtype is torch.bfloat16 for tensor in tensors_of(result.path).values())
     assert json.loads((result.path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert distance(logits(load(result.path)), logits(load(place.path))) < 0.03
+    assert relative(logits(load(result.path)), logits(load(place.path))) < 0.03
 
 
 def test_nothing_to_do_copies_the_weights_bit_for_bit(home: Callable[[str], Home], tmp_path: Path) -> None:
@@ -201,7 +189,7 @@ def test_tied_embeddings_stay_tied_until_one_side_changes(
     assert config["tie_word_embeddings"] is tied
     assert ("lm_head.weight" in tensors_of(tmp_path / "out")) is not tied
     want, got = (logits(load(path)) for path in (place.path, tmp_path / "out"))
-    assert distance(got, want) < 0.03
+    assert relative(got, want) < 0.03
 
 
 def test_what_stands_beside_the_weights(home: Callable[[str], Home], tmp_path: Path) -> None:
@@ -254,7 +242,7 @@ def test_another_seed_is_another_rotation_of_the_same_function(
         compiled(place, tmp_path / str(seed), "quarot", scheme="float", seed=seed)
         found.append(tensors_of(tmp_path / str(seed))["model.embed_tokens.weight"])
     assert not torch.equal(*found)
-    assert distance(logits(load(tmp_path / "0")), logits(load(tmp_path / "1"))) < 0.03
+    assert relative(logits(load(tmp_path / "0")), logits(load(tmp_path / "1"))) < 0.03
 
 
 def test_a_model_in_memory_is_compiled_with_the_tokenizer_that_is_given(tmp_path: Path) -> None:
@@ -267,7 +255,7 @@ def test_a_model_in_memory_is_compiled_with_the_tokenizer_that_is_given(tmp_path
     )
     compile(program, "iter_smooth,linear_quant", tmp_path / "out", spelled)
     model = build(ALL["llama"]()).float()
-    assert distance(logits(load(tmp_path / "out", dtype=torch.float32)), logits(model)) < 0.1
+    assert relative(logits(load(tmp_path / "out", dtype=torch.float32)), logits(model)) < 0.1
 
 
 def test_a_part_quantized_first_does_not_disturb_what_follows(
@@ -280,4 +268,4 @@ def test_a_part_quantized_first_does_not_disturb_what_follows(
     )
     result = compiled(home("llama-128"), tmp_path / "out", passes, scheme="w4a4")
     got = logits(load(tmp_path / "out", dtype=torch.float32))
-    assert distance(got, simulated(result, rounded)) < SAME
+    assert relative(got, simulated(result, rounded)) < SAME

@@ -1,4 +1,4 @@
-"""Execution: part by part in any dtype, with hooks, observers, gradients and edits; nothing is kept too long."""
+"""Execution: part by part in any dtype, with hooks, observers, gradients and edits, and nothing kept."""
 
 from __future__ import annotations
 

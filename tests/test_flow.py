@@ -1,4 +1,4 @@
-"""Following channels: what flows from a linear to a reader can be taken back there, and what can not is stopped."""
+"""Following channels: what flows from a linear to a reader can be taken back there; the rest is stopped."""
 
 from __future__ import annotations
 

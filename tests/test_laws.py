@@ -144,7 +144,7 @@ def index(d: Drawing) -> fx.Node:
 def test_a_rotation_passes_layout_ops_that_act_on_rows(name: str) -> None:
     passes, draw = ROWS[name]
     drawing = Drawing(batch=BATCH, length=WIDTH)
-    x = drawing.value("x", *(WIDTH if "index" in name else BATCH, WIDTH, WIDTH))
+    x = drawing.value("x", WIDTH if "index" in name else BATCH, WIDTH, WIDTH)
     node = draw(drawing, x, x)
     program = drawing.program(node)
     assert isinstance(law(program, node, x, ROTATION), Passes) == passes

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.random_llama import character_tokenizer
 from qc.compiler import edit as edits_of
-from qc.compiler.capture import capture
 from qc.compiler.cli import main
-from qc.compiler.compile import Options, Result, compile
-from qc.compiler.cost import cost_of
+from qc.compiler.compile import Options, compile
 from qc.compiler.edit import Verb
 from qc.compiler.errors import Refused
-from qc.compiler.execute import execute, inputs_of
-from qc.compiler.fake_quant import fake_act
 from qc.compiler.load import load
 from qc.compiler.program import Program
-from qc.compiler.solve import Progress, _PartSolver
+from qc.compiler.solve import Progress
 from qc.compiler.weights import Checkpoint
-from qc.runtime.quantize import dequantize
-from tests.families import ALL, build
-from tests.programs import captured, config_of
+
 
 class Stopped(Exception):
     """What a test raises in the middle of the work."""
@@ -71,6 +58,8 @@ import torch
 torch.set_num_threads(1)
 from qc.compiler.capture import capture
 from qc.compiler.compile import Options, compile
+from tests.homes import SAMPLES, TEXT, Home, compiled, logits, rows, tensors_of
+from tests.programs import captured, relative
 path, text, out = sys.argv[1:]
 program = capture(path, certify=False)
 options = Options(scheme="w8a8", calib=(text,), samples=2, length=24)
@@ -149,7 +138,7 @@ def test_a_whole_command_with_the_certificate_of_its_capture(
     assert "rewrites proved" in capsys.readouterr().out
     journal = (out / "qc_journal.jsonl").read_text()
     assert "keep the twin's logits" in journal
-    assert distance(logits(load(out)), logits(load(place.path))) < 0.5
+    assert relative(logits(load(out)), logits(load(place.path))) < 0.5
 
 
 COMPILE = ("--passes", "iter_smooth,linear_quant", "--scheme", "w8a8", "--samples", "2", "--length", "24")

@@ -1,0 +1,1 @@
+"""Renderings of one list of rows."""
