@@ -12,7 +12,7 @@ DEMO := $(OUT)/demo
 DEMO_PASSES := iter_smooth,quarot,autoround{iters=10}
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check slow lint format bench clean
+.PHONY: help venv demo test check slow lint types format bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,9 +45,11 @@ check: lint  ## the fast tier: lint, types and the tests that need no real model
 slow: $(STAMP)  ## the checks that take minutes each
 	$(BIN)/pytest -m slow
 
-lint: $(STAMP)  ## ruff and pyright
+lint: $(STAMP)  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## pyright
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP)  ## let ruff rewrite the sources

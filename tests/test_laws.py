@@ -167,7 +167,7 @@ def test_an_index_is_not_the_value_it_picks() -> None:
 def test_attention_is_linear_in_its_values_head_by_head_and_in_nothing_else() -> None:
     d = Drawing()
     size = (BATCH, HEADS, LENGTH, 4)
-    q, k, v = (value(d, name, size) for name in "qkv")
+    q, k, v = (d.value(name, *size) for name in "qkv")
     node = d.attention(q, k, v)
     program = d.program(node)
     per_head = d.random(HEADS, 4, 4)

@@ -25,6 +25,8 @@ from qc.compiler.load import load
 from qc.compiler.program import Program
 from qc.compiler.solve import Progress
 from qc.compiler.weights import Checkpoint
+from tests.homes import SAMPLES, Home, compiled, logits
+from tests.programs import relative
 
 
 class Stopped(Exception):
@@ -58,8 +60,6 @@ import torch
 torch.set_num_threads(1)
 from qc.compiler.capture import capture
 from qc.compiler.compile import Options, compile
-from tests.homes import SAMPLES, TEXT, Home, compiled, logits, rows, tensors_of
-from tests.programs import captured, relative
 path, text, out = sys.argv[1:]
 program = capture(path, certify=False)
 options = Options(scheme="w8a8", calib=(text,), samples=2, length=24)
