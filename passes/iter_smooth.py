@@ -59,8 +59,12 @@ class IterSmooth(Pass):
     after = {norm_linear: {"fuse_norms": "its norm fusion takes the gain back into the weights"}}
     claim = EXACT
 
-    alpha: float = 0.9
-    """Migration strength, between 0 (weights decide) and 1 (activations decide)."""
+    alpha: float = 0.6
+    """Migration strength, between 0 (weights decide) and 1 (activations decide).
+
+    The recipe's 0.9 makes a few columns of the readers huge, and what an online rotation spreads over all
+    channels is then amplified by them: all-W4A4 SmolLM2 goes from 2.0 to 3.7 times the float perplexity.
+    """
     scale_min: float = 1e-5
     """Smallest scale."""
     symmetric: bool = True

@@ -253,7 +253,7 @@ def test_the_plan_for_machines_says_the_same() -> None:
     said = json.loads(json.dumps(plan_json(found)))
     assert [one["name"] for one in said["passes"]] == [step.what.name for step in found.steps]
     assert [len(one["sites"]) for one in said["passes"]] == [len(s.answer.rewrites) for s in found.steps]
-    assert said["passes"][0]["options"]["alpha"] == 0.9
+    assert said["passes"][0]["options"]["alpha"] == 0.6
     assert said["cost"] == cost_of(found).numbers()
     assert said["problems"] == []
 
