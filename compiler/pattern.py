@@ -1,9 +1,4 @@
-"""The pattern language: a function over symbols names a shape of dataflow and returns a typed match.
-
-A pattern function runs once, on a ``Sketch`` that records one clause per call and hands out symbols. The
-clauses are then solved in order against a program, with backtracking. What does not match is a value too:
-``NoMatch`` keeps the clause that got furthest, the place and the reason.
-"""
+"""The pattern language: a function over symbols names a shape of dataflow and returns a typed match."""
 
 from __future__ import annotations
 
