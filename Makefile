@@ -12,7 +12,7 @@ DEMO := $(OUT)/demo
 DEMO_PASSES := iter_smooth,quarot,autoround{iters=10}
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test all check slow lint types format bench clean
+.PHONY: help venv demo test check slow lint types format bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,16 +36,10 @@ demo: $(STAMP)  ## compile a real model (SmolLM2-135M) to W4A4/W8A8, measure it,
 	$(BIN)/qc generate $(DEMO) "What is the capital of France?"; \
 	echo "== done: the checkpoint and its report are in $(DEMO); the plan, every rewrite and its proof beside the weights"
 
-VERIFIED := $(wildcard tests/test_runtime*.py) tests/test_hadamard.py tests/test_load.py tests/test_weights.py \
-	tests/test_export.py tests/test_targets.py tests/test_calibration.py
-
-test: lint  ## what .ci/run runs: for now the files that were seen passing (see docs/status.md)
-	$(PYTEST) -m "not slow and not real" $(VERIFIED)
-
-all: lint  ## every test that is not slow
+test: lint types  ## what .ci/run runs: lint, types, and every test that does not take minutes
 	$(PYTEST) -m "not slow"
 
-check: lint  ## the fast tier: lint, types and the tests that need no real model (under 3 minutes)
+check: lint types  ## the fast tier: without the tests that need the real model (under 3 minutes)
 	$(PYTEST) -m "not slow and not real"
 
 slow: $(STAMP)  ## the checks that take minutes each

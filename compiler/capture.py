@@ -12,7 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .blocks import skips, split
 from .canon import canonical
-from .capture_attention import NAME, Uncarried, register
+from .capture_attention import NAME, Uncarried
+from .capture_attention import register as register_attention
+from .capture_experts import register as register_experts
 from .capture_model import Subject, constants, subject, ties
 from .certify import certified
 from .errors import Refused
@@ -87,7 +89,8 @@ def capture(
         Refused: What was given cannot be captured, and why.
         NotEquivalent: The capture does not compute what the model computes.
     """
-    register()
+    register_attention()
+    register_experts()
     what = subject(model, config=config, trust_remote_code=trust_remote_code)
     program = capture_subject(what, example=example, source=source)
     if certify:

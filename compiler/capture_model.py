@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from .capture_attention import NAME
+from .capture_experts import use_experts
 from .errors import Refused
 
 HALF = (torch.bfloat16, torch.float16)
@@ -49,6 +51,7 @@ class Subject:
                     attn_implementation=attention,
                     trust_remote_code=self.trust_remote_code,
                 )
+        use_experts(model, NAME)
         return model.eval()
 
 

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .canon import symbolic
 from .capture_attention import NAME, finite_eager_masks
+from .capture_experts import use_experts
 from .capture_model import Subject, weight_dtype
 from .errors import NotEquivalent, Refused
 from .execute import parameters_of, run
@@ -141,6 +142,7 @@ def _compare(
     backend = NAME if _has_attention_op(twin) else None
     for dtype in (twin.dtype, torch.float32):
         model = in_dtype(module, dtype)
+        use_experts(model, NAME)
         if backend and isinstance(model, PreTrainedModel):
             model.set_attn_implementation(backend)
         with torch.no_grad():
@@ -161,6 +163,7 @@ def _compare_attention(module: nn.Module, given: Mapping[str, Any], mask: Tensor
         model = in_dtype(module, torch.float64)
         assert isinstance(model, PreTrainedModel)
         model.set_attn_implementation(implementation)
+        use_experts(model, implementation)
         with torch.no_grad(), finite_eager_masks():
             results.append(_logits(model, given)[mask.bool()])
     got, want = results

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +23,38 @@ REDUCTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Stretch:
-    """The nodes of one call of one leaf, its only input and its only result."""
+    """The nodes of one call of one leaf, its only input, its only result, and its own graph."""
 
-    name: str
-    nodes: tuple[fx.Node, ...]
+    nodes: list[fx.Node]
     given: fx.Node
     result: fx.Node
+    graph: fx.Graph
+    certain: bool
+    """Whether it is one op, which needs no comparison with an export."""
+
+    def key(self, module: nn.Module) -> tuple:
+        """Equal for calls that fold alike: rank of the input, text, and what the module is and holds."""
+        held = tuple((name, tuple(p.shape), p.dtype) for name, p in module.named_parameters())
+        return type(module), held, self.given.meta["val"].ndim, text_of(self.graph)
+
+    def leaf(self, module: nn.Module) -> Leaf | None:
+        """The leaf that the call runs, or None where the module exported alone is something else."""
+        if not self.certain and not retraces(module, self.graph):
+            return None
+        parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        kind, norm, transposed = kind_of(self.graph, parameters)
+        return Leaf(kind, self.graph, parameters, norm, transposed)
+
+
+def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
+    """What of a leaf's nodes can fold: all of them, or the lookup of a table that computes more."""
+    core = _embedding_core(nodes, names)
+    boundary = _boundary(core or nodes, names)
+    if boundary is None or len(boundary[0]) != 1 or len(boundary[1]) != 1:
+        return None
+    (given,), (result,) = boundary
+    graph = leaf_graph(core or nodes, given, result, names)
+    return None if graph is None else Stretch(core or nodes, given, result, graph, core is not None)
 
 
 def _leaves(owner: nn.Module) -> dict[str, nn.Module]:
@@ -38,14 +66,19 @@ def _leaves(owner: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _local(name: str, module: nn.Module, owner: nn.Module) -> dict[str, str]:
+def _aliases(owner: nn.Module) -> dict[int, list[str]]:
+    """All qualified names of each parameter, by identity."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in owner.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return found
+
+
+def _local(name: str, module: nn.Module, aliases: Mapping[int, list[str]]) -> dict[str, str]:
     """Names by which the graph may know the tensors of a leaf, mapped to their local names."""
-    mine = dict(module.named_parameters()) | dict(module.named_buffers())
-    by_id = {id(tensor): local for local, tensor in mine.items()}
-    found = {f"{name}.{local}": local for local in mine}
-    for qualified, tensor in owner.named_parameters(remove_duplicate=False):
-        if id(tensor) in by_id:
-            found[qualified] = by_id[id(tensor)]
+    found: dict[str, str] = {}
+    for local, tensor in (*module.named_parameters(), *module.named_buffers()):
+        found |= dict.fromkeys((f"{name}.{local}", *aliases.get(id(tensor), ())), local)
     return found
 
 
@@ -139,56 +172,44 @@ def fold(graph: fx.Graph, owner: nn.Module) -> tuple[dict[str, Leaf], list[str]]
     A leaf folds if its ops have one tensor input and one result and are what exporting it alone gives.
     Modules without parameters stay inline, so that activations are visible, unless they are norms.
     """
-    modules = _leaves(owner)
+    modules, aliases = _leaves(owner), _aliases(owner)
     calls: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         stack = node.meta.get("stack") or ("",)
         if node.op == "call_function" and stack[-1].split("@")[0] in modules:
             calls.setdefault(stack[-1], []).append(node)
     leaves: dict[str, Leaf] = {}
-    notes: list[str] = []
-    verdicts: dict[tuple, bool] = {}
-    kinds: dict[tuple, tuple] = {}
+    unfolded: dict[str, list[str]] = {}
+    known: dict[tuple, Leaf | None] = {}
     for call, nodes in calls.items():
         name = call.split("@")[0]
         module = modules[name]
-        parameters = {n: tuple(p.shape) for n, p in module.named_parameters()}
-        plain = not parameters
+        plain = next(module.parameters(), None) is None
         if plain and not any(word in str(n.target) for n in nodes for word in REDUCTIONS):
             continue
-        names = _local(name, module, owner)
-        core = _embedding_core(nodes, names)
-        stretch = core or nodes
-        boundary = _boundary(stretch, names)
-        local = None
-        if boundary and len(boundary[0]) == 1 and len(boundary[1]) == 1:
-            local = leaf_graph(stretch, boundary[0][0], boundary[1][0], names)
-        if local is None or boundary is None:
+        stretch = _stretch(nodes, _local(name, module, aliases))
+        if stretch is None:
             if not plain:
-                notes.append(f"{name} is left unfolded: it is not a function of one tensor to one tensor")
+                unfolded.setdefault("not a function of one tensor to one tensor", []).append(name)
             continue
-        text = text_of(local)
-        declared = str([(n, str(p.dtype)) for n, p in module.named_parameters()])
-        key = (type(module), tuple(sorted(parameters.items())), declared, str(local_rank(local)), text)
-        if key not in verdicts:
-            verdicts[key] = core is not None or retraces(module, local)
-            kinds[key] = kind_of(local, parameters) if verdicts[key] else ("opaque", None, False)
-        kind, norm, transposed = kinds[key]
-        if not verdicts[key]:
+        key = stretch.key(module)
+        if key not in known:
+            known[key] = stretch.leaf(module)
+        leaf = known[key]
+        if leaf is None or leaves.get(name, leaf) is not leaf:
             if not plain:
-                notes.append(f"{name} is left unfolded: exported alone it does not give the same ops")
-            continue
-        if plain and kind != "norm":
-            continue
-        leaves[name] = Leaf(kind, local, parameters, norm, transposed)
-        replace_by_call(graph, stretch, boundary[0][0], boundary[1][0], name, call)
+                unfolded.setdefault("exported alone it does not give the same ops", []).append(name)
+        elif leaf.kind == "norm" or not plain:
+            leaves[name] = leaf
+            replace_by_call(graph, stretch, name, call)
     sweep(graph)
-    return leaves, notes
+    return leaves, [f"left unfolded, {why}: {_listed(names)}" for why, names in unfolded.items()]
 
 
-def local_rank(graph: fx.Graph) -> tuple[int, ...]:
-    """Ranks of a leaf's inputs: one text may mean two things for inputs of different rank."""
-    return tuple(n.meta["val"].ndim for n in graph.nodes if n.op == "placeholder")
+def _listed(names: list[str]) -> str:
+    """Names with their layer numbers taken out, and how many each pattern stands for."""
+    counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+    return ", ".join(f"{name} ({n})" if "*" in name else name for name, n in counts.items())
 
 
 def _embedding_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.Node] | None:
@@ -201,15 +222,13 @@ def _embedding_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.N
     return lookups if own else None
 
 
-def replace_by_call(
-    graph: fx.Graph, nodes: list[fx.Node], given: fx.Node, result: fx.Node, name: str, call: str
-) -> None:
+def replace_by_call(graph: fx.Graph, stretch: Stretch, name: str, call: str) -> None:
     """Put one call_module node in the place of a leaf's ops."""
+    result = stretch.result
     with graph.inserting_after(result):
-        node = graph.create_node("call_module", name, (given,))
-    stack = result.meta.get("stack", ())
-    node.meta = {"val": result.meta["val"], "stack": stack, "module": call}
+        node = graph.create_node("call_module", name, (stretch.given,))
+    node.meta = {"val": result.meta["val"], "stack": result.meta.get("stack", ()), "module": call}
     result.replace_all_uses_with(node)
-    for old in reversed(nodes):
+    for old in reversed(stretch.nodes):
         if not old.users:
             graph.erase_node(old)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compiler.pattern import Site, Sketch, pattern
+from ..compiler.pattern import Site, pattern
+from ..compiler.sketch import Sketch
 
 
 @dataclass(frozen=True)

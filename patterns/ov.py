@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..compiler.pattern import HEAD, SCALE, Map, Site, Sketch, pattern
+from ..compiler.pattern import Site, pattern
+from ..compiler.sketch import HEAD, SCALE, Map, Sketch
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..compiler.flow import Space
-from ..compiler.pattern import ROTATION, Sketch, pattern
+from ..compiler.pattern import pattern
+from ..compiler.sketch import ROTATION, Sketch
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ _HOMES = {
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)
+__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,13 +35,13 @@ def test_a_capture_is_certified_on_a_twin(family: str) -> None:
     program = capture(ALL[family]())
     twin = program.twin
     assert twin is not None
-    assert program.notes == ()
+    assert not [note for note in program.notes if "certified" in note or "attention" in note]
     assert twin.dtype == program.dtype
     assert all(twin.source.dtype(name) == torch.float32 for name in twin.source.names())
     assert not difference(outline(program, len(twin.blocks)), outline(twin, len(twin.blocks)))
-    gains = [n for n, leaf in twin.leaves.items() if leaf.kind == "norm" and "weight" in leaf.parameters]
-    gain = twin.source.load([f"{gains[0]}.weight"])[f"{gains[0]}.weight"]
-    assert gain.std() > 0.05
+    for name, leaf in twin.leaves.items():
+        if leaf.kind == "norm" and "weight" in leaf.parameters:
+            assert twin.source.load([f"{name}.weight"])[f"{name}.weight"].std() > 0.05
     ids, mask = batch(32, (2, 20))
     with torch.no_grad():
         wide = run(twin, ids, mask, dtype=torch.float64)[mask.bool()]

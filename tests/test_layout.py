@@ -21,6 +21,7 @@ READS_HUGGING_FACE = (
     "compiler/capture*.py",
     "compiler/certify.py",
     "compiler/twin.py",
+    "compiler/narrow.py",
     "compiler/weights.py",
     "compiler/load.py",
     "compiler/testing.py",
@@ -28,7 +29,7 @@ READS_HUGGING_FACE = (
 )
 """The only files of the package that import transformers."""
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "factory", "misc"}
-LONGEST = 410
+LONGEST = 400
 
 
 def sources(*folders: str) -> list[Path]:
