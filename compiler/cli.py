@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from .errors import Failed, Refused
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 done, 1 failed while working, 2 refused."""
+    # Read by OpenMP when torch is imported: threads that spin while they wait cost others, and us, far more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = make_parser()
     args, words = parser.parse_known_args(argv)
     try:

@@ -19,6 +19,7 @@ from .capture import capture
 from .contract import Pass
 from .errors import Refused
 from .export import RUN, Output, check_written, copy_side_files, exported_config, write_json, write_manifest
+from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .plan import Plan, make_plan
@@ -46,7 +47,7 @@ class Options:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "auto"
-    """Dtype of calibration runs: ``auto`` is the checkpoint's own, never float16 on a CPU."""
+    """Dtype of calibration runs: ``auto`` is bfloat16 where checkpoint and CPU have it, else float32."""
     trust_remote_code: bool = False
     force: bool = False
     tokenizer: Any = field(default=None, compare=False)
@@ -140,7 +141,7 @@ def _compute(program: Program, options: Options) -> torch.dtype:
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     own = {program.source.dtype(name) for name in program.source.names()}
-    return torch.bfloat16 if torch.bfloat16 in own else torch.float32
+    return torch.bfloat16 if torch.bfloat16 in own and has_half_units() else torch.float32
 
 
 def _data(planned: Plan, options: Options) -> Calibration | None:

@@ -31,6 +31,9 @@ from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
 from .view import BlockView
 
+MICROBATCH = 1024
+"""Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
+
 Sink = Callable[[str, Tensor], None]
 """Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
 
@@ -57,10 +60,11 @@ class Solver:
     """One solve of a plan. ``ids`` are calibration tokens [n, length]; ``compute`` the dtype of calibration runs."""
 
     def __init__(
-        self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype, microbatch: int = 4,
+        self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype,
         report: Callable[[Progress], None] = lambda progress: None,
     ) -> None:  # fmt: skip
-        self.plan, self.ids, self.sink, self.compute, self.microbatch = plan, ids, sink, compute, microbatch
+        self.plan, self.ids, self.sink, self.compute = plan, ids, sink, compute
+        self.microbatch = max(1, MICROBATCH // ids.shape[1])
         self.report = report
         self.journal = Journal()
         self.needed = needed_after(plan.program)
@@ -182,6 +186,7 @@ class _PartSolver:
             together=together.__getitem__,
             transposed=frozenset(name for name, leaf in self.plan.program.leaves.items() if leaf.transposed),
             quantized=self.quantized,
+            schemes=self.schemes,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from .operand import Statistic
+from .scheme import LinearScheme
 
 LinearHook = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """``hook(name, x [..., in], weight [out, in], bias [out] or None) -> y [..., out]`` in the place of a linear."""
@@ -31,6 +32,8 @@ class BlockView:
     """Linears whose weight ``tensors`` holds as [in, out]."""
     quantized: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     """Linears that an earlier pass quantized."""
+    schemes: Mapping[str, LinearScheme] = field(default_factory=dict)
+    """Their schemes."""
     batches: int = 0
     """Number of microbatches for ``forward`` and ``target``."""
     forward: Callable[[LinearHook, int], Tensor] | None = None

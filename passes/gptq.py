@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..runtime.quantize import qmax
 
-BLOCK = 64
+BLOCK = 32
+"""Columns whose errors are carried one by one; the others get them in one product."""
 
 
 @torch.no_grad()
@@ -32,8 +33,8 @@ def gptq(
     width = weight.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     back = torch.argsort(order)
-    columns = weight[:, order].clone()
-    scales = scale.repeat_interleave(width // scale.shape[1], dim=1)[:, order]
+    columns = weight.T[order].contiguous()  # [in, out]: a column of the weight is a row here
+    scales = scale.repeat_interleave(width // scale.shape[1], dim=1).T[order].contiguous()
     damped = hessian[order][:, order].double()
     mean = damped.diagonal().mean()
     damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
@@ -42,14 +43,12 @@ def gptq(
     integers = torch.empty_like(columns)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
-        errors = torch.empty_like(columns[:, start:stop])
-        local = upper[start:stop, start:stop]
+        local, errors = upper[start:stop, start:stop], torch.empty_like(columns[start:stop])
         for j in range(stop - start):
-            column, step = columns[:, start + j], scales[:, start + j]
-            integer = (column / step).round().clamp(-high - 1, high)
-            integers[:, start + j] = integer
-            error = (column - integer * step) / local[j, j]
-            errors[:, j] = error
-            columns[:, start + j + 1 : stop] -= error[:, None] * local[j, j + 1 :]
-        columns[:, stop:] -= errors @ upper[start:stop, stop:]
-    return integers[:, back].contiguous(), columns[:, back].contiguous()
+            column, step = columns[start + j], scales[start + j]
+            integer = (column / step).round_().clamp_(-high - 1, high)
+            integers[start + j] = integer
+            errors[j] = (column - integer * step) / local[j, j]
+            columns[start + j + 1 : stop].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return integers[back].T.contiguous(), columns[back].T.contiguous()

@@ -1,0 +1,209 @@
+"""The linears of one block while their integers are found: a closed-form start, then training of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..compiler.fake_quant import fake_act
+from ..compiler.operand import Quantize
+from ..compiler.scheme import LinearScheme
+from ..compiler.view import BlockView
+from ..runtime.quantize import dequantize
+from ..runtime.quantized import QuantizedLinear
+from .act_clip import ClipSearch
+from .gptq import gptq
+from .importance import relative_error, token_importance
+from .minmax import input_range, minmax_weight, scale_dtype
+from .scale_search import search_scale
+from .sign_sgd import Rounding, preconditioner, train
+
+LEARNED_BITS = 4
+"""Widest integers that are worth a search: 8 bits are rounded to nearest."""
+HELD_OUT = 8
+"""One microbatch in so many is kept for choosing among states."""
+
+
+class Reached(Exception):
+    """The linears of interest have been seen: the rest of the block need not run."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long to train, and what."""
+
+    iters: int
+    round_tuning: bool
+    scale_tuning: bool
+
+
+class BlockRounding:
+    """One block: ``swaps`` names the linears to be quantized, ``view`` holds their weights and runs the block."""
+
+    def __init__(self, swaps: Mapping[str, Quantize], view: BlockView, where: str) -> None:
+        self.swaps, self.view, self.where = swaps, view, where
+        self.done: dict[str, QuantizedLinear] = dict(view.quantized)
+        self.weights: dict[str, Tensor] = {n: dequantize(q.weight, q.scale) for n, q in self.done.items()}
+        self.roundings: dict[str, Rounding] = {}
+        self.training = False
+
+    def solve(self, training: Training) -> Mapping[str, QuantizedLinear]:
+        """The quantized linears by name."""
+        learned = {name for name in self.swaps if self.learned(name)}
+        importance = token_importance(self.view, learned, self.where) if learned else []
+        for group in self.groups():
+            self.start(group, importance)
+        if self.roundings and training.iters:
+            self.train(training)
+        return {name: self.done[name] for name in self.swaps}
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Linears that read the same value, in the order of the dataflow."""
+        groups = dict.fromkeys(self.view.together(name) for name in self.swaps)
+        return [tuple(name for name in group if name in self.swaps) for group in groups]
+
+    def scheme(self, name: str) -> LinearScheme:
+        """The scheme of a linear that is to be quantized."""
+        return self.swaps[name].scheme
+
+    def learned(self, name: str) -> bool:
+        """Whether the integers of a linear are searched for."""
+        weight = self.scheme(name).weight
+        return weight is not None and weight.bits <= LEARNED_BITS
+
+    def start(self, group: tuple[str, ...], importance: list[dict[str, Tensor]]) -> None:
+        """Closed-form integers of linears that read one value, with everything before them quantized."""
+        for name in group:
+            self.done[name] = self.nearest(name)
+        wanted = [name for name in group if self.learned(name)]
+        if wanted:
+            rows = [sum(weights[name] for name in wanted) / len(wanted) for weights in importance]
+            self.clip(wanted, rows)
+            hessian = self.hessian(wanted[0], rows)
+            steps = preconditioner(hessian)
+            for alike in self.alike(wanted):
+                self.search(alike, hessian, steps)
+        for name in group:
+            self.weights[name] = dequantize(self.done[name].weight, self.done[name].scale)
+
+    def nearest(self, name: str) -> QuantizedLinear:
+        """Rounded to nearest in its whole range."""
+        scheme = self.scheme(name)
+        scale, offset = None, None
+        if scheme.static:
+            (need,) = self.swaps[name].slot.needs
+            scale, offset = input_range(self.view.statistic(need), scheme, self.view.export_dtype)
+        return minmax_weight(self.view, name, scheme, input_scale=scale, input_offset=offset)
+
+    def clip(self, names: list[str], importance: list[Tensor]) -> None:
+        """One clip ratio for the activation that these linears read, where their format has a place for it."""
+        q = self.done[names[0]]
+        if q.left is None:
+            return
+        scheme = self.scheme(names[0])
+        search = ClipSearch(
+            [self.view.weight(name) for name in names],
+            lambda x, ratio: fake_act(x, scheme, replace(q, clip=ratio)),
+        )
+        batches = range(0, self.view.batches, max(1, self.view.batches // 2))
+        self.each_input(names[0], batches, lambda index, x: search.add(x, importance[index]))
+        for name in names:
+            self.done[name] = replace(self.done[name], clip=search.best)
+
+    def hessian(self, name: str, importance: list[Tensor]) -> Tensor:
+        """``X diag(importance) Xᵀ / n`` [in, in] of the quantized input of a linear."""
+        found: list[Tensor] = []
+
+        def add(index: int, x: Tensor) -> None:
+            rows = self.act(name, x).float() * importance[index].sqrt()[:, None]
+            if found:
+                found[0].addmm_(rows.T, rows)
+            else:
+                found.append(rows.T @ rows)
+            count.append(len(rows))
+
+        count: list[int] = []
+        self.each_input(name, range(self.view.batches), add)
+        return found[0] / sum(count)
+
+    @torch.no_grad()
+    def each_input(self, name: str, batches: range, take: Callable[[int, Tensor], None]) -> None:
+        """Hand ``take`` the input [rows, in] of a linear, microbatch by microbatch, all before it quantized."""
+        assert self.view.forward is not None
+        for index in batches:
+
+            def hook(at: str, x: Tensor, weight: Tensor, bias: Tensor | None, index: int = index) -> Tensor:
+                if at != name:
+                    return self.run(at, x, weight, bias)
+                take(index, x.reshape(-1, x.shape[-1]))
+                raise Reached
+
+            try:
+                self.view.forward(hook, index)
+            except Reached:
+                continue
+            raise AssertionError(f"{name} was not run")
+
+    def alike(self, names: list[str]) -> list[list[str]]:
+        """Linears whose weights get the same integers: they are searched as one."""
+        found: dict[object, list[str]] = {}
+        for name in names:
+            found.setdefault(
+                (self.scheme(name).weight, scale_dtype(self.view, name, self.scheme(name))), []
+            ).append(name)
+        return list(found.values())
+
+    def search(self, names: list[str], hessian: Tensor, steps: Tensor) -> None:
+        """Scales by search, integers by GPTQ, for linears that read one value."""
+        bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
+        assert bits is not None
+        weight = torch.cat([self.view.weight(name) for name in names])
+        scale = search_scale(weight, bits.bits, bits.group, held, hessian.diagonal())
+        integers, compensated = gptq(weight, scale, hessian, bits.bits)
+        rows = [self.view.weight(name).shape[0] for name in names]
+        pieces = (tensor.split(rows) for tensor in (integers.to(torch.int8), compensated, scale))
+        for name, integer, target, step in zip(names, *pieces, strict=True):
+            self.done[name] = replace(self.done[name], weight=integer, scale=step)
+            self.roundings[name] = Rounding(target, step, bits.bits, held, steps)
+
+    def act(self, name: str, x: Tensor) -> Tensor:
+        """The input of a quantized linear on its grid; the gradient passes straight through."""
+        scheme = self.scheme(name) if name in self.swaps else self.view.schemes[name]
+        if scheme.act is None:
+            return x
+        with torch.no_grad():
+            clean = x.detach()
+            change = fake_act(clean, scheme, self.done[name]) - clean
+        return x + change
+
+    def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """A linear in its present state: trained, started, or still float."""
+        if self.training and name in self.roundings:
+            weight = self.roundings[name].fake()
+        elif name in self.weights:
+            weight = self.weights[name]
+        x = self.act(name, x) if name in self.weights else x
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def train(self, training: Training) -> None:
+        """SignSGD on all learned linears, towards the float output of the block."""
+        view = self.view
+        assert view.forward is not None
+        assert view.target is not None
+        forward, target = view.forward, view.target
+        indices = list(range(view.batches))
+        held = indices[HELD_OUT - 1 :: HELD_OUT] or indices[-1:]
+        self.training = True
+        train(
+            self.roundings, lambda index: relative_error(forward(self.run, index), target(index)),
+            [i for i in indices if i not in held] or indices, held, iters=training.iters,
+            round_tuning=training.round_tuning, scale_tuning=training.scale_tuning,
+            generator=view.generator(self.where), report=view.report,
+        )  # fmt: skip
+        for name, rounding in self.roundings.items():
+            integers, scale = rounding.result()
+            self.done[name] = replace(self.done[name], weight=integers, scale=scale)
