@@ -96,7 +96,8 @@ class Hadamard:
         if not transposed:
             y = y * signs
         y = y.reshape(*y.shape[:-1], left.shape[0], right.shape[0])
-        y = (left @ y @ right.T) if transposed else (left.T @ y @ right)
+        left, right = (left.T, right.T) if transposed else (left, right)
+        y = ((y @ right).transpose(-1, -2) @ left).transpose(-1, -2)  # leftᵀ y right, in two plain products
         y = y.reshape(*x.shape[:-1], self.copies, self.order) * self.order**-0.5
         if transposed:
             y = y * signs

@@ -53,8 +53,8 @@ def blocks(width: int, left: Tensor, right: Tensor) -> int:
 def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Lᵀ X R of every block of every row: [..., K] to [..., K], in the dtype of x."""
     n, a, b = blocks(x.shape[-1], left, right), left.shape[0], right.shape[0]
-    rows = x.reshape(-1, n, a, b)
-    return (left.to(x.dtype).T @ (rows @ right.to(x.dtype))).reshape(x.shape)
+    rows = x.reshape(-1, n, a, b) @ right.to(x.dtype)
+    return (rows.transpose(-1, -2) @ left.to(x.dtype)).transpose(-1, -2).reshape(x.shape)
 
 
 def fold(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
