@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,12 @@ class Journal:
             "math": _short(certificate.math), "rows": certificate.rows,
         })  # fmt: skip
 
-    def changed(self, part: str, rewrite: Rewrite, edits: Sequence[object]) -> None:
-        """A LOSSY rewrite of one part; its errors follow in ``measured``."""
-        self._add(part, rewrite, edits)
+    def changed(
+        self, part: str, rewrite: Rewrite, edits: Sequence[object], measures: Mapping[str, float]
+    ) -> None:
+        """A LOSSY rewrite of one part, with what its pass measured; its errors follow in ``measured``."""
+        more = {"measures": {name: float(f"{value:.3g}") for name, value in measures.items()}}
+        self._add(part, rewrite, edits, **(more if measures else {}))
 
     def measured(self, part: str, sqnr: dict[str, float]) -> None:
         """Signal to quantization noise of each quantized linear's output, in dB, on the proof's calibration rows."""

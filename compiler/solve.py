@@ -138,7 +138,7 @@ class _PartSolver:
                     )
                     solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate)
                 else:
-                    solver.journal.changed(self.part.name, rewrite, rewrite.edits)
+                    solver.journal.changed(self.part.name, rewrite, rewrite.edits, view.measures)
                 self._apply(rewrite, values)
         if any(rewrite.claim is EXACT for work in self.work for rewrite in work.rewrites):
             error = solver.prover.stored(proved, self._proof_tensors(), self.plan.dtype)

@@ -35,14 +35,14 @@ def passes_of(given: str | Iterable[str | Pass]) -> tuple[tuple[Pass, ...], tupl
     return tuple(passes), tuple(notes)
 
 
-def split(text: str) -> list[str]:
-    """The comma-separated items of a string, commas inside braces kept together."""
+def split(text: str, separator: str = ",") -> list[str]:
+    """The items of a string, stripped and not empty; a separator inside braces separates nothing."""
     items, depth, current = [], 0, ""
     for char in text:
         depth += {"{": 1, "}": -1}.get(char, 0)
-        if depth < 0 or depth > 1:
+        if depth < 0:
             raise Refused(f"--passes {text!r}: braces do not pair up")
-        if char == "," and depth == 0:
+        if char == separator and depth == 0:
             items.append(current.strip())
             current = ""
         else:
@@ -60,7 +60,7 @@ def one(text: str) -> tuple[Pass, ...]:
     if brace:
         if not rest.endswith("}"):
             raise Refused(f"--passes: {text!r} has something after its closing brace")
-        for pair in filter(None, (pair.strip() for pair in rest[:-1].split(","))):
+        for pair in split(rest[:-1]):
             key, equals, value = pair.partition("=")
             if not equals:
                 raise Refused(f"--passes: option {pair!r} of {name} has no value; write {key.strip()}=VALUE")
@@ -113,7 +113,7 @@ def convert(text: str, kind: Any) -> Any:
             raise ValueError(f"it is one of {', '.join(map(str, inside))}")
         return next(value for value in inside if str(value) == text)
     if origin is tuple:
-        return tuple(convert(item.strip(), inside[0]) for item in text.split("+") if item.strip())
+        return tuple(convert(item, inside[0]) for item in split(text, "+"))
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError("it is true or false")

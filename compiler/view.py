@@ -42,6 +42,8 @@ class BlockView:
     """What the float block computes for microbatch i, [batch, seq, hidden]."""
     report: Callable[[str], None] = lambda text: None
     """Progress inside a long solve, one line."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """Numbers that a pass found and the journal keeps, by name."""
 
     def weight(self, module: str) -> Tensor:
         """Weight of a linear [out, in] or norm [channels], float32."""

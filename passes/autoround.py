@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Quantize
 from ..compiler.pattern import Site
+from ..compiler.plan import unused_rules
 from ..compiler.program import Program
+from ..compiler.scheme import Rule
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .block_rounding import BlockRounding, Training
 from .linear_quant import swaps
 from .sites import block_linears
+from .strategies import own_scheme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class AutoRound(Pass):
     """Train scales."""
     quantized_input: bool = True
     """Train on what the quantized blocks before hand on; false is the reference tool's float chain."""
+    strategies: tuple[str | Rule, ...] = ()
+    """Formats of its own instead of the plan's scheme: ``SCHEME:GLOB|GLOB``, the first that matches a linear wins."""
     include: tuple[str, ...] = ("*",)
     """Globs of linears."""
     exclude: tuple[str, ...] = ()
@@ -59,6 +64,7 @@ class AutoRound(Pass):
     def __post_init__(self) -> None:
         if self.iters < 0:
             raise ValueError(f"iters={self.iters}: it must not be negative")
+        own_scheme(self.strategies)
 
     @property
     def needs_training(self) -> bool:
@@ -72,7 +78,11 @@ class AutoRound(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""
-        chosen, problems = swaps(program, setting, self.include, self.exclude)
+        problems: tuple[str, ...] = ()
+        if self.strategies:
+            setting = replace(setting, scheme=own_scheme(self.strategies))
+            problems = tuple(unused_rules(setting.scheme, program))
+        chosen, more = swaps(program, setting, self.include, self.exclude)
         parts = block_linears(program)
         by_block: dict[int, list[Edit]] = {}
         for name, operand in chosen.items():
@@ -82,7 +92,7 @@ class AutoRound(Pass):
             Rewrite(self.name, "linear", names[index], tuple(edits), LOSSY)
             for index, edits in by_block.items()
         )
-        return Answer(rewrites, (), problems)
+        return Answer(rewrites, (), (*problems, *more))
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Any, QuantizedLinear]:
         """The start for every linear in the order of the dataflow, then training of all of them."""

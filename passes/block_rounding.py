@@ -190,7 +190,7 @@ class BlockRounding:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def train(self, training: Training) -> None:
-        """SignSGD on all learned linears, towards the float output of the block."""
+        """Move the offsets of all learned linears towards the float output of the block."""
         view = self.view
         assert view.forward is not None
         assert view.target is not None
@@ -198,12 +198,13 @@ class BlockRounding:
         indices = list(range(view.batches))
         held = indices[HELD_OUT - 1 :: HELD_OUT] or indices[-1:]
         self.training = True
-        train(
+        start, best = train(
             self.roundings, lambda index: relative_error(forward(self.run, index), target(index)),
             [i for i in indices if i not in held] or indices, held, iters=training.iters,
             round_tuning=training.round_tuning, scale_tuning=training.scale_tuning,
             generator=view.generator(self.where), report=view.report,
         )  # fmt: skip
+        view.measures |= {"loss before training": start, "loss after training": best}
         for name, rounding in self.roundings.items():
             integers, scale = rounding.result()
             self.done[name] = replace(self.done[name], weight=integers, scale=scale)

@@ -11,6 +11,8 @@ import pytest
 from qc.compiler.cli import main
 from qc.compiler.errors import Refused
 from qc.compiler.plan_text import plan_text
+from qc.compiler.scheme import FLOAT, W4A4, Rule
+from qc.passes.autoround import AutoRound
 from qc.passes.iter_smooth import IterSmooth
 from qc.passes.linear_quant import LinearQuant
 from qc.passes.presets import quarot
@@ -45,6 +47,32 @@ def test_globs_choose_linears(glob: str, count: int) -> None:
     found = planned("llama", (LinearQuant(include=(glob,)),))
     assert len(schemes(found)) == count
     assert bool(found.problems) == (count == 0)
+
+
+def test_strategies_give_a_pass_formats_of_its_own() -> None:
+    spelled = "autoround{strategies=w4a4:*.{up,gate}_proj|*.0.*.o_proj + float:*.1.* + w8a8, exclude=*.2.*}"
+    found = schemes(planned("llama-128", spelled, scheme="float"))
+    gated = {f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 1) for name in ("up", "gate")}
+    assert {name for name, scheme in found.items() if scheme == "W4A4"} == {
+        *gated,
+        "model.layers.0.self_attn.o_proj",
+    }
+    assert {name.split(".")[2] for name, scheme in found.items() if scheme == "W8A8"} == {"0"}
+    same = AutoRound(
+        strategies=(
+            Rule(include=("*.{up,gate}_proj", "*.0.*.o_proj"), scheme=W4A4),
+            Rule(include=("*.1.*",), scheme=FLOAT),
+            "w8a8",
+        ),
+        exclude=("*.2.*",),
+    )
+    assert schemes(planned("llama-128", [same])) == found
+    only(
+        planned("llama", "autoround{strategies=w4a4:*.up_porj+w8a8}"),
+        "strategies: '*.up_porj' matches nothing",
+    )
+    with pytest.raises(Refused, match="unknown scheme 'w4a5'"):
+        planned("llama", "autoround{strategies=w4a5:*.up_proj}")
 
 
 REFUSED = {
