@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -18,13 +19,15 @@ def shown() -> Iterator[Callable[[Progress], None]]:
     """A report function for the solver, for as long as the context lasts. It writes to standard error."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        last = ""
+        last, started = "", time.monotonic()
 
         def plain(progress: Progress) -> None:
             nonlocal last
             if progress.part != last:
                 last = progress.part
-                print(f"[{progress.index + 1}/{progress.total}] {progress.part}", file=sys.stderr, flush=True)
+                left = time_left(time.monotonic() - started, progress.index, progress.total)
+                line = f"[{progress.index + 1}/{progress.total}] {progress.part}{left}"
+                print(line, file=sys.stderr, flush=True)
 
         yield plain
         return
@@ -37,3 +40,11 @@ def shown() -> Iterator[Callable[[Progress], None]]:
             completed=progress.index,
             description=f"{progress.part}: {progress.what}",
         )
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """``, about 4 min left``, once two parts of ``total`` are done in so many seconds; empty before."""
+    if done < 2:
+        return ""
+    left = seconds / done * (total - done)
+    return f", about {left / 60:.0f} min left" if left >= 90 else f", about {left:.0f} s left"
