@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measure import run_python
 from benchmarks.random_llama import Shape, character_tokenizer, write
 from benchmarks.records import record
+from benchmarks.report import main as report
 from benchmarks.texts import find_texts
 
 SMALL = Shape(layers=3, hidden=32, intermediate=48, vocabulary=96, heads=4, key_heads=2)
@@ -81,3 +82,31 @@ def test_saved_families_have_a_model_and_a_tokenizer_that_fit(checkpoint: Callab
     ids = AutoTokenizer.from_pretrained(folder)("Every character ~ {is} a token.", return_tensors="pt")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model(**ids).logits.shape == (1, 31, model.config.vocab_size)
+
+
+def test_a_page_holds_the_newest_row_of_each_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("QC_RESULTS", str(tmp_path))
+    for multiple in (2.5, 1.25):
+        record(
+            "accuracy",
+            {"row": "w4a4", "passes": "quarot,autoround", "multiple": multiple, "met": multiple < 2},
+        )
+    record("accuracy", {"row": "auto", "passes": "linear_quant", "multiple": 1.0, "met": None})
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter\n")
+    assert report([str(tmp_path), "--into", str(page)]) == 0
+    text = page.read_text()
+    assert "| w4a4 | `quarot,autoround` | 1.25 | yes |" in text
+    assert "| auto | linear_quant | 1 |  |" in text
+    assert "2.5" not in text.partition("Measured")[0]
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert report([str(tmp_path), "--into", str(page)]) == 0
+    assert page.read_text() == text
+
+
+def test_a_page_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        report([str(tmp_path)])
+    assert "run a benchmark first" in capsys.readouterr().err
