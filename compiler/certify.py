@@ -123,11 +123,11 @@ def _tokens(program: Program) -> int:
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose parameters of the main dtype are in ``dtype``; buffers stay what the model made them."""
     main = weight_dtype(module)
-    module = copy.deepcopy(module)
+    memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        if parameter.dtype == main:
-            parameter.data = parameter.data.to(dtype)
-    return module.eval()
+        kept = dtype if parameter.dtype == main else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(kept, copy=True), parameter.requires_grad)
+    return copy.deepcopy(module, memo).eval()
 
 
 def _compare(
@@ -148,6 +148,7 @@ def _compare(
         with torch.no_grad():
             want = _logits(model, given)
             got = run(twin, ids, mask, dtype=dtype)
+        del model
         if not torch.equal(want.nan_to_num(), got.nan_to_num()):
             worst = float((want - got).abs().max())
             raise NotEquivalent(
@@ -166,6 +167,7 @@ def _compare_attention(module: nn.Module, given: Mapping[str, Any], mask: Tensor
         use_experts(model, implementation)
         with torch.no_grad(), finite_eager_masks():
             results.append(_logits(model, given)[mask.bool()])
+        del model  # before the next copy is made
     got, want = results
     error = float((got - want).norm() / want.norm())
     if not error <= OWN_ATTENTION:

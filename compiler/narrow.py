@@ -15,6 +15,8 @@ from .program import Program
 
 NARROW = 32
 """Sizes are halved no further than this."""
+FEWEST = 2
+"""Counts are halved no further than this (two of a kind can still be mixed up), nor below an eighth."""
 GRAIN = 16
 """Powers of two up to this stay divisors of a size that is halved."""
 COUNT = 64
@@ -79,11 +81,12 @@ def _layout(node: fx.Node) -> bool:
     return any(word in str(node.target) for word in words)
 
 
-def _holds(now: Mapping[str, int], was: Mapping[str, int], products: bool) -> bool:
+def _holds(now: Mapping[str, int], was: Mapping[str, int], products: bool, counts: bool) -> bool:
     """Whether what was true of the sizes still is: order, divisors, even quotients, products if asked."""
     keys = list(was)
     for a in keys:
-        if now[a] % math.gcd(was[a], GRAIN):
+        grain = FEWEST if counts and was[a] <= COUNT else GRAIN
+        if now[a] % math.gcd(was[a], grain):
             return False
         for b in keys:
             if was[a] == was[b] and now[a] != now[b]:
@@ -107,23 +110,27 @@ def _coarser(now: Mapping[str, int], was: Mapping[str, int], a: str, b: str) -> 
     return bool(now[a] % now[b]) or after < min(before, FEW) or (before % 2 == 0 and after % 2 == 1)
 
 
-def _narrowed(was: Mapping[str, int], products: bool) -> dict[str, int]:
-    """Sizes halved, largest first and one round after another, as long as their relations hold."""
+def _narrowed(was: Mapping[str, int], products: bool, counts: bool = False) -> dict[str, int]:
+    """Sizes halved, largest first and one round after another, as long as their relations hold.
+
+    ``counts``: what is taken for a count is halved too (64 heads for 8 keep a model of 128 channels a head wide).
+    """
     now = dict(was)
     moved = True
     while moved:
         moved = False
         for key in sorted(now, key=lambda k: (-now[k], k)):
-            if now[key] % 2 or now[key] // 2 < NARROW:
+            fewest = max(FEWEST, was[key] // FEW) if counts and was[key] <= COUNT else NARROW
+            if now[key] % 2 or now[key] // 2 < fewest:
                 continue
             group = [k for k in now if was[k] == was[key]]
             tried = now | dict.fromkeys(group, now[key] // 2)
-            if _holds(tried, was, products):
+            if _holds(tried, was, products, counts):
                 now, moved = tried, True
         if products and not moved:
             for left, right in _pairs(now, was):
                 tried = now | {k: now[k] // 2 for k in (*left, *right)}
-                if _holds(tried, was, products):
+                if _holds(tried, was, products, counts):
                     now, moved = tried, True
                     break
     return now
@@ -158,8 +165,9 @@ def shrunk_configs(program: Program) -> Iterator[Shrunk]:
     cut |= {k: v[:layers] for k, v in values.items() if isinstance(v, list) and len(v) == count}
     narrow: dict[str, Any] = dict.fromkeys(tables, VOCABULARY)
     narrow |= {k: 0 for k, v in values.items() if k.endswith("_token_id") and type(v) is int and v >= NARROW}
-    for products in (False, True):
-        yield Shrunk(_rebuilt(config, values, cut | narrow | _narrowed(widths, products)), layers, True)
+    for products, counts in ((False, True), (False, False), (True, False)):
+        sizes_now = _narrowed(widths, products, counts)
+        yield Shrunk(_rebuilt(config, values, cut | narrow | sizes_now), layers, True)
     yield Shrunk(_rebuilt(config, values, cut | narrow), layers, False)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
-from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 import qc.compiler.capture_attention as capture_attention
 from qc.compiler.canon import op_name
@@ -143,6 +143,19 @@ def test_a_twin_is_narrow_and_has_every_kind_of_layer(make: Callable[[], Any], l
     groups = config.num_attention_heads // config.num_key_value_heads
     assert now.num_attention_heads // now.num_key_value_heads == groups
     assert getattr(now, "sliding_window", None) in (None, 8)
+
+
+def test_many_wide_heads_do_not_keep_a_twin_wide() -> None:
+    config = Qwen3Config(
+        hidden_size=5120, intermediate_size=25600, num_attention_heads=64, num_key_value_heads=8,
+        head_dim=128, num_hidden_layers=2,
+    )  # fmt: skip
+    twin = capture(config).twin
+    assert twin is not None
+    now = twin.config
+    assert (now.num_attention_heads, now.num_key_value_heads) == (16, 2)
+    assert now.num_attention_heads * now.head_dim <= 512
+    assert sum(torch.Size(twin.source.shape(name)).numel() for name in twin.source.names()) < 2e6
 
 
 def test_what_certifying_costs_is_announced() -> None:

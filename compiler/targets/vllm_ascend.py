@@ -8,6 +8,7 @@ there.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,14 +50,18 @@ class VllmAscend(Target):
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
         """Errors and warnings of every rule, in the order of the sites."""
         by_name = {site.name: site for site in sites}
+        order = {name: place for place, name in enumerate(by_name)}
+        labels = {name: self._label(site) for name, site in by_name.items()}
+        floats = [name for name, label in labels.items() if label == ascendv1.FLOAT_TYPE]
+        floats = sorted((*floats, *model.float_modules))
         found = [*_dtype(sites, model), *_norm_biases(model)]
         for site in sites:
             found += self._type(site)
-            found += self._fused(site, by_name)
+            found += _fused(site, order, labels)
             found += _sizes(site)
             found += _rotation(site, model)
             found += self._bias(site)
-            found += self._prefix(site, sites, model)
+            found += _prefix(site, labels, floats)
         found += self._experts(sites)
         found += self._ranks(sites, model)
         return tuple(found)
@@ -131,20 +136,6 @@ class VllmAscend(Target):
             "take one of w8a8, w8a8-static, w8a16, w4a4" + (", or --target modelslim" if known else ""),
         )
 
-    def _fused(self, site: LinearSite, by_name: Mapping[str, LinearSite]) -> Iterator[Problem]:
-        """Shards of one fused linear have one type. Reported once, at the first of them."""
-        others = [by_name[name] for name in site.fused if name in by_name]
-        first = next(name for name in by_name if name == site.name or name in site.fused)
-        types = {self._label(other) for other in (site, *others)}
-        if len(types) > 1 and first == site.name and not site.expert:
-            listed = ", ".join(f"{s.name.rpartition('.')[2]} is {self._label(s)}" for s in (site, *others))
-            yield Problem(
-                "fused",
-                site.name,
-                f"the server runs it as one linear with those beside it, but {listed}",
-                "give all of them one scheme",
-            )
-
     def _bias(self, site: LinearSite) -> Iterator[Problem]:
         """A bias that the model does not have is skipped by the loader without a word."""
         found = self.format_of(site.scheme, site.rotated)
@@ -166,21 +157,6 @@ class VllmAscend(Target):
                 "prefer w8a8 here",
                 "warning",
             )
-
-    def _prefix(self, site: LinearSite, sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
-        """The server takes a linear for float if any float weight's name begins with its name."""
-        if self._label(site) == ascendv1.FLOAT_TYPE or any(s.name in site.fused for s in sites):
-            return
-        floats = [s.name for s in sites if self._label(s) == ascendv1.FLOAT_TYPE]
-        for other in (*floats, *model.float_modules):
-            if other.startswith(site.name):
-                yield Problem(
-                    "prefix",
-                    site.name,
-                    f"{other} is float and its name begins with this one: the server would take both for"
-                    " float",
-                    "keep this one float too, or quantize both",
-                )
 
     def _experts(self, sites: Sequence[LinearSite]) -> Iterator[Problem]:
         """The server looks at expert 0 alone: all projections of all experts of a layer share a type."""
@@ -206,6 +182,39 @@ class VllmAscend(Target):
             yield Problem(
                 "tp", why[0], f"it does not divide over --tp {model.tp}: {why[1]}", f"sizes that do: {sizes}"
             )
+
+
+def _fused(site: LinearSite, order: Mapping[str, int], labels: Mapping[str, str]) -> Iterator[Problem]:
+    """Shards of one fused linear have one type. Reported once, at the first of them."""
+    group = [site.name, *(name for name in site.fused if name in order)]
+    if (
+        site.expert
+        or len({labels[name] for name in group}) < 2
+        or min(group, key=order.__getitem__) != site.name
+    ):
+        return
+    listed = ", ".join(f"{name.rpartition('.')[2]} is {labels[name]}" for name in group)
+    yield Problem(
+        "fused",
+        site.name,
+        f"the server runs it as one linear with those beside it, but {listed}",
+        "give all of them one scheme",
+    )
+
+
+def _prefix(site: LinearSite, labels: Mapping[str, str], floats: Sequence[str]) -> Iterator[Problem]:
+    """The server takes a linear for float if any float weight's name (``floats``, sorted) begins with its name."""
+    if labels[site.name] == ascendv1.FLOAT_TYPE or any(name in labels for name in site.fused):
+        return
+    for other in floats[bisect_left(floats, site.name) :]:
+        if not other.startswith(site.name):
+            return
+        yield Problem(
+            "prefix",
+            site.name,
+            f"{other} is float and its name begins with this one: the server would take both for float",
+            "keep this one float too, or quantize both",
+        )
 
 
 def _dtype(sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
