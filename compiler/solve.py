@@ -25,6 +25,7 @@ from .operand import Quantize, Slot, Statistic
 from .plan import Plan, Step
 from .program import Part, Program
 from .proof import Prover
+from .resident import release
 from .roles import read_together
 from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
@@ -79,6 +80,7 @@ class Solver:
         for part in parts:
             self.report(Progress(part.name, part.index, len(parts), "load"))
             _PartSolver(self, part).run()
+            release()
         return self.journal
 
 
@@ -125,6 +127,7 @@ class _PartSolver:
         for work in self.work:
             if not work.rewrites:
                 continue
+            release()
             solver.report(
                 Progress(self.part.name, self.part.index, len(self.plan.program.parts), work.step.what.name)
             )
