@@ -60,7 +60,12 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--out", required=True, help="directory to make")
             command.add_argument("--force", action="store_true", help="replace OUT when it exists")
         else:
-            command.add_argument("--json", action="store_true", help="for machines")
+            command.add_argument(
+                "--json",
+                action="store_true",
+                help="print the plan as one JSON object, whatever "
+                "the exit status; its problems are listed under 'problems'",
+            )
     show = commands.add_parser("show", help="print the canonical text of a model")
     show.add_argument("model", metavar="MODEL")
     show.add_argument("--passes", help="print it as these passes rewrite it")
@@ -140,15 +145,24 @@ def run_compile(args: argparse.Namespace) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """``qc plan``."""
+    """``qc plan``: 0 for a plan that can be done, 2 for one with problems, which are part of it.
+
+    With ``--json`` stdout is one JSON object in both cases. Where there is no plan at all (no such model, an unknown
+    pass) it is ``{"problems": [why]}``, and the reason stands on stderr too.
+    """
     from .compile import plan
     from .plan_text import plan_json, plan_text
 
-    planned = plan(args.model, args.passes, options_of(args))
-    print(
-        json.dumps(plan_json(planned), indent=2) if args.json else plan_text(planned),
-        end="\n" if args.json else "",
-    )
+    try:
+        planned = plan(args.model, args.passes, options_of(args))
+    except Refused as error:
+        if args.json:
+            print(json.dumps({"problems": [str(error)]}, indent=2))
+        raise
+    if args.json:
+        print(json.dumps(plan_json(planned), indent=2))
+    else:
+        print(plan_text(planned), end="")
     return 2 if planned.problems else 0
 
 

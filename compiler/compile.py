@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -17,14 +16,17 @@ from torch import Tensor, nn
 from .calibration import Calibration, calibration
 from .capture import capture
 from .contract import Pass
+from .cost import cost_of
 from .errors import Refused
 from .export import RUN, Output, check_written, copy_side_files, exported_config, write_json, write_manifest
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
+from .memory import Run
 from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
+from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .solve import Progress, Solver
@@ -83,8 +85,9 @@ def plan(model: Model | Program, passes: str | Iterable[str | Pass], options: Op
         model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
     )
     return make_plan(
-        program, passes, scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed
-    )
+        program, passes, scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
+        run=Run(options.samples, options.length, _compute(program, options), tuple(map(str, options.calib))),
+    )  # fmt: skip
 
 
 def compile(
@@ -106,6 +109,7 @@ def compile(
     output.check()
     planned = plan(model, passes, options).require()
     program = planned.program
+    estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
     data = _data(planned, options)
     layout = planned.layout
@@ -120,16 +124,12 @@ def compile(
         check_written(output.path, layout.specs)
         _beside(planned, layout, data, journal, output.path, options)
         write_json(output.path / RUN, {
-            "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak_memory(),
+            "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak(),
+            "estimated_peak_memory_bytes": estimate,
             "host": platform.node(), "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         })  # fmt: skip
     return Result(Path(out), planned, journal)
-
-
-def peak_memory() -> int:
-    """Peak resident memory of this process so far, in bytes (VmHWM)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _paths(model: Model | Program) -> list[Path]:
@@ -200,7 +200,9 @@ def _beside(
     for name, content in planned.target.files(layout).items():
         write_json(path / name, content, indent=4)
     journal.save(path)
-    text = plan_text(planned, calibration=str(data.digest) if data else None)
+    text = plan_text(
+        planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
+    )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
     inputs = {Path(f).name: Path(f) for f in options.calib}
     if isinstance(program.source, Checkpoint):

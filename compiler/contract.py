@@ -15,6 +15,7 @@ from .pattern import Pattern
 from .program import Program
 
 if TYPE_CHECKING:
+    from .scheme import LinearScheme
     from .view import BlockView
 
 
@@ -98,6 +99,36 @@ class Setting:
     """Linears whose input a tensor-parallel server splits."""
 
 
+@dataclass(frozen=True)
+class LinearSize:
+    """Sizes of one linear, and the scheme that the plan gives it."""
+
+    name: str
+    out: int
+    width: int
+    """Input channels."""
+    scheme: LinearScheme | None
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """What a pass may know of a block to say how much memory it needs there."""
+
+    linears: tuple[LinearSize, ...]
+    """In graph order."""
+    tokens: int
+    """Of a microbatch."""
+    itemsize: int
+    """Bytes of an activation."""
+    hidden: int
+    """Width of the residual stream."""
+
+    @property
+    def activations(self) -> int:
+        """Channels per token that live at once while a block runs without gradients."""
+        return 4 * max((max(one.out, one.width) for one in self.linears), default=0) + 8 * self.hidden
+
+
 DECLARATIONS = ("name", "summary", "patterns", "requires", "provides", "breaks", "before", "after", "claim")
 
 
@@ -145,6 +176,10 @@ class Pass(ABC):
         if rewrite.slots:
             raise TypeError(f"pass {self.name} has unknowns but no solve")
         return {}
+
+    def working_bytes(self, block: BlockSize) -> int:
+        """Bytes that ``solve`` holds at its peak in a block, beside the float32 weights; for the plan's estimate."""
+        return 0
 
     @property
     def needs_training(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .contract import LOSSY
+from .memory import peak_of
 from .plan import Plan
 from .scheme import FLOAT, LinearScheme
 
@@ -22,22 +23,27 @@ class Cost:
     device_bytes: int
     sweeps: int
     """Times the checkpoint is streamed."""
-    peak_bytes: int
-    """Estimated peak resident memory of the compile."""
+    peak_bytes: int | None
+    """Estimated peak resident memory of the compile; None where nobody said how calibration runs."""
     tp_sizes: tuple[int, ...]
+    """Tensor-parallel ranks for which the result loads, as the target says; empty where it does not say."""
     schemes: tuple[tuple[str, int], ...]
     """Scheme and number of block linears, in order of first use."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values as the plan prints them."""
-        return [
+        rows = [
             ("linears", ", ".join(f"{count} {name}" for name, count in self.schemes)),
             ("bits per weight", f"{self.bits_per_weight:.2f} (block linears, scales counted)"),
             ("on disk", size(self.disk_bytes)),
             ("on the device", size(self.device_bytes)),
             ("sweeps", str(self.sweeps)),
-            ("peak memory", f"about {size(self.peak_bytes)}"),
         ]
+        if self.peak_bytes is not None:
+            rows.append(("peak memory", f"about {size(self.peak_bytes)}"))
+        if self.tp_sizes:
+            rows.append(("tensor parallel", ", ".join(map(str, self.tp_sizes))))
+        return rows
 
     def numbers(self) -> dict[str, Any]:
         """The same for machines."""
@@ -55,8 +61,12 @@ def size(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**10:.0f} KiB"
 
 
-def cost_of(plan: Plan) -> Cost:
-    """Add up the planned tensors."""
+def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
+    """Add up the planned tensors.
+
+    ``peak``: whether to estimate peak memory. It starts from what this process holds now, so it is the one number
+    here that varies between runs.
+    """
     blocks = {part.index for part in plan.final.blocks}
     bits, weights = 0.0, 0
     packed = 0  # bytes that int4 weights save on the device
@@ -85,7 +95,7 @@ def cost_of(plan: Plan) -> Cost:
         disk_bytes=disk,
         device_bytes=max(disk - packed, 0),
         sweeps=1 if any(r.claim is LOSSY or r.edits for s in plan.steps for r in s.answer.rewrites) else 0,
-        peak_bytes=0,
-        tp_sizes=(),
+        peak_bytes=peak_of(plan, plan.run) if peak and plan.run is not None else None,
+        tp_sizes=plan.target.tp_sizes_of(plan),
         schemes=tuple(schemes.items()),
     )

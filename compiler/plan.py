@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from .program import Program
 from .roles import roles_of
 from .scheme import Scheme, matches
 from .spelling import passes_of
+
+if TYPE_CHECKING:
+    from .memory import Run
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Plan:
     seed: int
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    run: Run | None = None
+    """How calibration runs, where somebody said so: peak memory depends on it."""
 
     @property
     def needs_data(self) -> bool:
@@ -95,6 +100,7 @@ def make_plan(
     target: str | Any = "vllm-ascend",
     tp: int = 1,
     seed: int = 0,
+    run: Run | None = None,
 ) -> Plan:
     """Run the rewrite phase: order checks, matches, edits of the graph, the target's rules. No weight is read."""
     chosen, notes = passes_of(passes)
@@ -130,7 +136,7 @@ def make_plan(
         notes += ("no linear is quantized: add linear_quant or autoround, or choose another --scheme",)
     return Plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed,
-        (*problems, *target.problems(plan)), (*notes, *target.notes(plan)),
+        (*problems, *target.problems(plan)), (*notes, *target.notes(plan)), run,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
+from ..compiler.contract import LOSSY, Answer, BlockSize, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Quantize
 from ..compiler.pattern import Site
@@ -16,7 +16,7 @@ from ..compiler.scheme import Rule
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
-from .block_rounding import BlockRounding, Training
+from .block_rounding import LEARNED_BITS, BlockRounding, Training
 from .linear_quant import swaps
 from .sites import block_linears
 from .strategies import own_scheme
@@ -75,6 +75,30 @@ class AutoRound(Pass):
     def propagates_quantized(self) -> bool:
         """Whether blocks see quantized inputs."""
         return self.quantized_input
+
+    def working_bytes(self, block: BlockSize) -> int:
+        """Dense and integer weights, then the largest of three: importance, GPTQ, a step of training.
+
+        Per learned weight training keeps 16 bytes (what the start rounded, offsets, momentum, the best state) and a
+        step 32 (the graph that fakes the weight, gradients, a new state). Per token of a microbatch a backward pass
+        reads inputs and outputs of all linears from the first learned one on. Per entry of a Hessian GPTQ takes 44
+        bytes (itself, its inverse and factors in float64), of which the preconditioner keeps 4 for training.
+        """
+        mine = [one for one in block.linears if one.scheme is not None and one.scheme.weight is not None]
+        dense = 5 * sum(one.out * one.width for one in mine)
+        learned = [one for one in mine if one.scheme.weight.bits <= LEARNED_BITS]  # type: ignore[union-attr]
+        if not learned:
+            return dense
+        sizes = [one.out * one.width for one in learned]
+        hessians = [width**2 for width in dict.fromkeys(one.width for one in learned)]
+        after = block.linears[block.linears.index(learned[0]) :]
+        channels = sum(one.width + one.out for one in after) + block.activations
+        backward = block.tokens * block.itemsize * channels
+        start = 44 * max(hessians) + 24 * max(sizes)
+        trained = self.iters and (self.enable_round_tuning or self.enable_minmax_tuning)
+        step = 32 * sum(sizes) + backward if trained else 0
+        held = (16 if trained else 12) * sum(sizes) + 4 * sum(hessians)
+        return dense + max(backward, held + max(start, step))
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""

@@ -12,8 +12,10 @@ import torch
 from syrupy.assertion import SnapshotAssertion
 
 from qc.compiler.capture import capture
+from qc.compiler.cli import main
 from qc.compiler.compile import plan as plan_of
 from qc.compiler.cost import cost_of
+from qc.compiler.memory import Run
 from qc.compiler.plan_text import plan_json, plan_text
 from qc.compiler.scheme import W4A4, W8A8, Rule, Scheme
 from qc.passes.iter_smooth import IterSmooth
@@ -206,7 +208,15 @@ def test_tensor_parallel_ranks_have_a_rotation_each(tp: int, copies: set[int]) -
     rotations = [n.meta["rotated"] for n in found.final.graph.nodes if "rotated" in n.meta]
     assert len(rotations) == 6
     assert {rotation.copies for rotation in rotations} == copies
-    assert any(note == f"loads with tensor parallelism over {tp}" for note in found.notes)
+    assert cost_of(found).tp_sizes == (tp,)
+    assert f"tensor parallel:      {tp}\n" in plan_text(found)
+
+
+def test_a_plan_says_over_how_many_ranks_its_result_loads() -> None:
+    found = planned("llama", RTN)
+    assert cost_of(found).tp_sizes == (1, 2, 4)
+    assert "tensor parallel:      1, 2, 4\n" in plan_text(found)
+    assert plan_json(found)["cost"]["tp_sizes"] == [1, 2, 4]
 
 
 def test_ranks_that_do_not_divide_are_refused_with_those_that_do() -> None:
@@ -255,7 +265,45 @@ def test_the_plan_for_machines_says_the_same() -> None:
     assert [len(one["sites"]) for one in said["passes"]] == [len(s.answer.rewrites) for s in found.steps]
     assert said["passes"][0]["options"]["alpha"] == 0.6
     assert said["cost"] == cost_of(found).numbers()
+    assert said["cost"]["peak_bytes"] is None
+    assert said["calibration"] is None
     assert said["problems"] == []
+    smooth, online, rounded = said["passes"][0], said["passes"][-2], said["passes"][-1]
+    assert smooth["layers"]["model.layers.1"] == {"up-down": 1, "ov": 1} == dict.fromkeys(smooth["found"], 1)
+    assert [one["before"].rpartition(".")[2] for one in online["online"]] == ["o_proj", "down_proj"] * 3
+    assert all(one["op"] in plan_text(found) for one in online["online"])
+    assert rounded["schemes"] == {"W4A4": 21}
+    assert said["blocks"] == 3
+
+
+def test_the_plan_for_machines_says_how_calibration_runs() -> None:
+    run = Run(16, 128, torch.float32, ("text.txt",))
+    found = planned("llama-128", "iter_smooth,linear_quant", run=run)
+    said = plan_json(found)
+    assert said["calibration"] == {
+        "needed": True, "samples": 16, "length": 128, "files": ["text.txt"], "compute_dtype": "float32",
+        "microbatch_tokens": 1024,
+    }  # fmt: skip
+    assert said["cost"]["peak_bytes"] > 2**27
+    assert "calibration:          16 x 128 tokens in float32\n" in plan_text(found)
+    assert "peak memory:" in plan_text(found)
+    assert "peak memory:" not in plan_text(found, cost=cost_of(found, peak=False))
+
+
+@pytest.mark.usefixtures("uncertified")
+def test_json_is_on_stdout_also_when_the_plan_can_not_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config_of("llama-128").save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--passes", "linear_quant,quarot", "--json"]) == 2
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["problems"]) >= 1
+    assert said["passes"][0]["name"] == "linear_quant"
+    assert main(["plan", str(tmp_path / "none"), "--passes", "linear_quant", "--json"]) == 2
+    told = capsys.readouterr()
+    (why,) = json.loads(told.out)["problems"]
+    assert "no such directory" in why
+    assert why.splitlines()[0] in told.err
 
 
 def test_bits_per_weight_count_the_scales() -> None:
@@ -290,7 +338,7 @@ def test_a_directory_with_a_config_alone_can_be_planned(tmp_path: Path) -> None:
     config_of("llama-128").save_pretrained(tmp_path)
     found = plan_of(tmp_path, "iter_smooth,quarot,linear_quant")
     only(found)
-    assert cost_of(found) == cost_of(planned("llama-128", "iter_smooth,quarot,linear_quant"))
+    assert cost_of(found, peak=False) == cost_of(planned("llama-128", "iter_smooth,quarot,linear_quant"))
 
 
 def test_a_plan_is_the_same_for_the_same_seed_and_not_for_another() -> None:

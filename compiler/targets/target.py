@@ -123,11 +123,12 @@ class Target(ABC):
         return told(p for p in self.check(sites_of(plan), facts_of(plan)) if p.severity == "error")
 
     def notes(self, plan: Plan) -> tuple[str, ...]:
-        """The warnings of ``check``, and the numbers of ranks for which the result loads."""
-        sites, model = sites_of(plan), facts_of(plan)
-        sizes = self.tp_sizes(sites, model)
-        ranks = (f"loads with tensor parallelism over {', '.join(map(str, sizes))}",) if sizes else ()
-        return told(p for p in self.check(sites, model) if p.severity == "warning") + ranks
+        """The warnings of ``check``."""
+        return told(p for p in self.check(sites_of(plan), facts_of(plan)) if p.severity == "warning")
+
+    def tp_sizes_of(self, plan: Plan) -> tuple[int, ...]:
+        """``tp_sizes`` of what a plan makes."""
+        return self.tp_sizes(sites_of(plan), facts_of(plan))
 
     def layout_of(self, plan: Plan) -> Layout:
         """The tensors of the export of a plan; names on disk are those of its checkpoint, if it has one."""

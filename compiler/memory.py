@@ -1,0 +1,227 @@
+"""Peak memory of a compile, estimated from shapes before any weight is read.
+
+The process at the end of the plan is measured (VmRSS: imports, captured graph); what comes on top is added up.
+B is the parameters of a part, L its largest linear, T all calibration tokens, t those of a microbatch, H and W the
+width of the residual stream and of the widest linear, c the bytes of the dtype of calibration runs.
+
+========== =====================================================================================================
+process    VmRSS at plan time; tokenizer (12 bytes per byte of its file) and text; kernels that run for the first time
+streams    c·T·H of boundary values, once in float, once more where later blocks see quantized inputs
+load       B as stored and as float32
+prove      float32 weights; 32·L for one linear edited in float64; 64 + 64 proof tokens in float64
+apply      float32 weights, those that one rewrite changes twice, and 32·L
+observe    float32 weights, their cast to c, the outputs c·T·H, activations c·t·(4·W + 8·H)
+solve      the same, without the activations, and what the pass says of itself (``Pass.working_bytes``)
+advance    float32 weights, their cast, integers and the weights they stand for, outputs of both streams
+tables     embedding and head as stored, and once more cast for the prologue or finished for the export
+========== =====================================================================================================
+
+The largest of the phases of the largest part counts, times a factor for what the allocator leaves unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+
+from .contract import EXACT, BlockSize, LinearSize
+from .edit import Edit, Verb
+from .execute import parameters_of
+from .operand import Quantize
+from .plan import Plan
+from .program import Part
+from .resident import peak, resident
+from .rows import is_rowwise
+from .solve import MICROBATCH
+
+KERNELS = 35 * 2**20
+"""What the first run of linears, proofs and writing costs a process once."""
+TOKENIZER = 12
+"""Bytes of a loaded tokenizer per byte of its file."""
+TEXT = 40
+"""Bytes per byte of calibration text while it is tokenized."""
+UNUSED = 1.2
+"""Share of freed memory between blocks in use that the allocator can not give to others."""
+EDITED = 32
+"""Bytes per weight of a linear while its edits are computed in float64: itself, a product, its copies."""
+PROOF_TOKENS = 128
+FLOAT32, FLOAT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a compile runs its calibration: what the plan has to know of it to cost it."""
+
+    samples: int
+    length: int
+    compute: torch.dtype
+    """Dtype of calibration runs."""
+    calib: tuple[str, ...] = ()
+    """Files of calibration text."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return self.compute.itemsize
+
+    @property
+    def microbatch(self) -> int:
+        """Tokens that run at once: whole sequences, one at least."""
+        return min(self.samples, max(1, MICROBATCH // self.length)) * self.length
+
+    def __str__(self) -> str:
+        return f"{self.samples} x {self.length} tokens in {str(self.compute).removeprefix('torch.')}"
+
+
+def peak_of(plan: Plan, run: Run, process: int | None = None) -> int:
+    """Estimated peak resident memory in bytes; ``process`` is what is resident now (measured by default)."""
+    sizes = _Sizes(plan, run)
+    held = max(sizes.part(part) for part in plan.program.parts)
+    now = resident() if process is None else process
+    estimate = now + KERNELS + int(UNUSED * held) + (_text(plan, run) if plan.needs_data else 0)
+    return estimate if process is not None else max(estimate, peak())
+
+
+def _text(plan: Plan, run: Run) -> int:
+    tokenizer = Path(plan.program.path or "", "tokenizer.json")
+    return TOKENIZER * _size(tokenizer) + TEXT * sum(_size(Path(file)) for file in run.calib)
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+class _Sizes:
+    """Bytes of each part of one plan."""
+
+    def __init__(self, plan: Plan, run: Run) -> None:
+        self.plan, self.run, self.program = plan, run, plan.program
+        self.tokens = run.samples * run.length
+
+    @cached_property
+    def place(self) -> dict[str, int]:
+        """Module to the index of its part."""
+        return {str(n.target): n.meta["part"] for n in self.program.graph.nodes if n.op == "call_module"}
+
+    @cached_property
+    def edits(self) -> dict[str, list[Edit]]:
+        """Module to all edits of it."""
+        found: dict[str, list[Edit]] = {}
+        for step in self.plan.steps:
+            for rewrite in step.answer.rewrites:
+                for edit in rewrite.edits:
+                    found.setdefault(edit.site.module, []).append(edit)
+        return found
+
+    @cached_property
+    def touched(self) -> dict[int, int]:
+        """Part to the weights that one EXACT rewrite changes there, at most."""
+        found: dict[int, int] = {}
+        for step in self.plan.steps:
+            for rewrite in step.answer.rewrites:
+                if rewrite.claim is not EXACT:
+                    continue
+                here: dict[int, int] = {}
+                for module in rewrite.modules:
+                    index = self.place[module]
+                    here[index] = here.get(index, 0) + self.count(module)
+                for index, count in here.items():
+                    found[index] = max(found.get(index, 0), count)
+        return found
+
+    @cached_property
+    def hidden(self) -> int:
+        """Width of the residual stream: of what the last block hands on."""
+        last = self.program.blocks[-1].index
+        widths = [
+            source.meta["val"].shape[-1]
+            for node in self.program.nodes(self.program.parts[-1])
+            for source in node.all_input_nodes
+            if source.meta["part"] == last and isinstance(source.meta.get("val"), torch.Tensor)
+        ]
+        return max((int(width) for width in widths), default=0)
+
+    def count(self, module: str) -> int:
+        return sum(prod(shape) for shape in self.program.leaves[module].parameters.values())
+
+    def stream(self) -> int:
+        """Boundary values of all microbatches."""
+        return self.run.itemsize * self.tokens * self.hidden
+
+    def streams(self) -> int:
+        """What is kept between parts."""
+        if not self.plan.needs_data:
+            return 0
+        return self.stream() * (1 + any(step.what.propagates_quantized for step in self.plan.steps))
+
+    def part(self, part: Part) -> int:
+        """Bytes on top of the process while a part is solved, at most."""
+        return self.streams() + (self.block(part) if part.kind >= 0 else self.ends(part))
+
+    def ends(self, part: Part) -> int:
+        """Prologue or epilogue: tables as they are stored and one copy; the rest as float32."""
+        source, export, total, largest = self.program.source, self.plan.dtype, 0, 0
+        for name in parameters_of(self.program, part):
+            count, stored = prod(source.shape(name)), source.dtype(name).itemsize
+            module, _, _ = name.rpartition(".")
+            leaf, edits = self.program.leaves.get(module), self.edits.get(module, [])
+            meta = torch.empty(source.shape(name), device="meta")
+            if leaf is None or not is_rowwise(leaf, name, meta, edits):
+                total += (stored + FLOAT32) * count
+                largest = max(largest, EDITED * count if edits else 0)
+                continue
+            finished = export.itemsize if edits or source.dtype(name) != export else 0
+            runs = part.index == 0 and self.plan.needs_data and source.dtype(name) != self.run.compute
+            total += stored * count
+            largest = max(largest, count * max(finished, self.run.itemsize if runs else 0))
+        return total + largest
+
+    def block(self, part: Part) -> int:
+        """The largest phase of a block."""
+        run, names = self.run, parameters_of(self.program, part)
+        source = self.program.source
+        weights = {name: prod(source.shape(name)) for name in names}
+        held = FLOAT32 * sum(weights.values())
+        stored = sum(source.dtype(name).itemsize * count for name, count in weights.items())
+        cast = 0 if run.itemsize == FLOAT32 else run.itemsize * sum(weights.values())
+        linears = self.linears(part)
+        size = BlockSize(linears, self.run.microbatch, run.itemsize, self.hidden)
+        edited = [
+            self.count(s.name)
+            for s in linears
+            if any(e.verb is not Verb.SWAP for e in self.edits.get(s.name, ()))
+        ]
+        working = EDITED * max(edited, default=0)
+        quantized = sum(s.out * s.width for s in linears if s.scheme is not None)
+        phases = [
+            stored + held,
+            held + working + PROOF_TOKENS * FLOAT64 * size.activations,
+            held + FLOAT32 * self.touched.get(part.index, 0) + working,
+            held + quantized + 2 * FLOAT64 * max((s.out * s.width for s in linears), default=0),
+        ]
+        if self.plan.needs_data:
+            running = held + cast + self.stream()
+            activations = run.itemsize * self.run.microbatch * size.activations
+            phases.append(running + activations)
+            phases += [running + step.what.working_bytes(size) for step in self.plan.steps]
+            if self.streams() > self.stream():
+                phases.append(running + self.stream() + activations + quantized * (1 + run.itemsize))
+        return max(phases)
+
+    def linears(self, part: Part) -> tuple[LinearSize, ...]:
+        """The linears of a block in graph order, with the scheme that each gets."""
+        found = []
+        for node in self.program.nodes(part):
+            leaf = self.program.leaf(node)
+            if leaf is None or leaf.kind != "linear":
+                continue
+            out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
+            operands: Iterable[object] = (edit.operand for edit in self.edits.get(str(node.target), ()))
+            scheme = next((operand.scheme for operand in operands if isinstance(operand, Quantize)), None)
+            found.append(LinearSize(str(node.target), out, width, scheme))
+        return tuple(found)
