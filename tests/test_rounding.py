@@ -183,18 +183,14 @@ def problem() -> tuple[Rounding, Callable[[int], Tensor], Tensor]:
     return rounding, loss, scale
 
 
-def trained(iters: int, **options: bool) -> tuple[float, float, Rounding]:
+def trained(
+    iters: int, *, round_tuning: bool = True, scale_tuning: bool = True
+) -> tuple[float, float, Rounding]:
     rounding, loss, _ = problem()
-    chosen = {"round_tuning": True, "scale_tuning": True} | options
     start, best = train(
-        {"l": rounding},
-        loss,
-        [0, 1, 2],
-        [3],
-        iters=iters,
-        generator=torch.Generator().manual_seed(0),
-        **chosen,
-    )
+        {"l": rounding}, loss, [0, 1, 2], [3], iters=iters, round_tuning=round_tuning,
+        scale_tuning=scale_tuning, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
     assert float(loss(3).detach()) == pytest.approx(best, rel=1e-5), (
         "the state that is kept is the one of least loss"
     )
