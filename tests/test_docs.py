@@ -282,6 +282,7 @@ def test_a_page_that_is_wrong_is_found_out(
         with pytest.raises(AssertionError):
             Reader(page(text)).follow()
     Reader(page("```python\nprint(1)\n```\n```text\n1\n```\n")).follow()
+    Reader(page("```python\nprint(1)\n```\nA picture:\n```text\n2\n```\n")).follow()  # not its output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
