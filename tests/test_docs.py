@@ -106,7 +106,7 @@ def test_plans_of_the_real_model(smollm2: Path, tmp_path: Path, monkeypatch: pyt
     plans = [pair for page in PAGES for pair in real_sessions(page) if pair[0].startswith("qc plan")]
     assert plans
     for command, shown in plans:
-        status, got = qc(command.split("#")[0].replace('"', "").split()[1:])
+        status, got = Reader(ROOT / "README.md").run(command)
         assert status == 0
         assert alike(shown, got), got
 
