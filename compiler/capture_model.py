@@ -112,6 +112,11 @@ def _to_build(config: Any, path: Path | None, trust_remote_code: bool) -> Subjec
     return Subject(config, None, path, captured, trust_remote_code, dtype)
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the hub may be asked for it: ``org/name``, and not the path of a directory that is not there."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
 def _directory(model: str) -> Path:
     """The checkpoint directory: the one named, or the snapshot of a hub id."""
     path = Path(model).expanduser()
@@ -123,7 +128,7 @@ def _directory(model: str) -> Path:
         return path
     if path.exists():
         raise Refused(f"{model} is a file.\nGive the checkpoint directory that holds config.json.")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not is_hub_id(model):
         raise Refused(
             f"{model}: no such directory.\nGive a checkpoint directory, or a hub id such as org/name."
         )

@@ -175,7 +175,9 @@ def run_show(args: argparse.Namespace) -> None:
     program = capture(args.model, trust_remote_code=args.trust_remote_code)
     if args.passes:
         program = make_plan(program, args.passes, scheme=args.scheme, target=args.target).require().final
-    print(text(program, layer=args.layer))
+    if args.layer is not None and not 0 <= args.layer < len(program.blocks):
+        raise Refused(f"--layer {args.layer}: the model has layers 0 to {len(program.blocks) - 1}")
+    print(text(program, layer=args.layer), end="")
 
 
 def run_why(args: argparse.Namespace) -> None:
@@ -187,12 +189,22 @@ def run_why(args: argparse.Namespace) -> None:
     program = capture(args.model, trust_remote_code=args.trust_remote_code)
     below = [match for match in pattern.find(program) if args.at is None or args.at in str(match)]
     for match in below:
-        print(f"matches: {match}")
+        print(f"matches: {fields(match)}")
     miss = pattern.nearest(program, args.at)
     if miss is not None:
         print(f"nearest miss at {miss.at}: {miss.reason}")
     elif not below:
         print("nothing there was tried: is the module name right?")
+
+
+def fields(match: Any) -> str:
+    """The fields of a match in one line: ``up=..., gate=..., down=...``; several modules are joined by ``+``."""
+    import dataclasses
+
+    def shown(value: Any) -> str:
+        return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return ", ".join(f"{f.name}={shown(getattr(match, f.name))}" for f in dataclasses.fields(match))
 
 
 def run_eval(args: argparse.Namespace) -> None:

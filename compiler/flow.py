@@ -264,6 +264,9 @@ class Space:
     values: tuple[fx.Node, ...]
     obstacles: tuple[Obstacle, ...]
 
+    def __str__(self) -> str:
+        return f"{len(self.writers)} writers, {len(self.readers)} readers, {len(self.norms)} norms"
+
 
 def space(program: Program, start: fx.Node, what: Map) -> Space:
     """Close a value under the laws, forward and backward: all values that must carry the same map."""

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from ..runtime.formats import FORMATS
 from ..runtime.linear import IntegerLinear
 from ..runtime.norm import RMSNormBias
-from .capture_model import constants, subject
+from .capture_model import constants, is_hub_id, subject
 from .errors import Refused
 from .safetensors_io import Entry
 from .shards import find_shards, read_json
@@ -74,8 +74,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in a directory, as transformers makes it; Refused where it can read none."""
+    here = Path(path).is_dir()
+    if not here and not is_hub_id(str(path)):
+        raise Refused(f"{path}: no such directory; give one that holds the files of a tokenizer")
     try:
-        here = Path(path).is_dir()
         return AutoTokenizer.from_pretrained(path, local_files_only=here, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]

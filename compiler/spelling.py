@@ -31,7 +31,10 @@ def passes_of(given: str | Iterable[str | Pass]) -> tuple[tuple[Pass, ...], tupl
                 notes.append(f"{text} is {', '.join(str(p) for p in expanded)}")
             passes += expanded
     if not passes:
-        raise Refused("no passes were given: e.g. --passes 'iter_smooth,quarot,autoround' (see qc passes)")
+        there = ", ".join([*registry.names("passes"), *registry.names("presets")])
+        raise Refused(
+            f"no passes were given: e.g. --passes 'iter_smooth,quarot,autoround'; there are {there}"
+        )
     return tuple(passes), tuple(notes)
 
 

@@ -296,8 +296,9 @@ def test_why_prints_the_nearest_miss_and_the_matches(
     assert "no product of two values reads it" in out
     assert main(["why", "llama", "ov", "--at", "model.layers.2.self_attn"]) == 0
     out = capsys.readouterr().out
-    assert "matches:" in out
-    assert "model.layers.2.self_attn.v_proj" in out
+    assert "matches: v=model.layers.2.self_attn.v_proj, o=model.layers.2.self_attn.o_proj, heads=" in out
     assert "model.layers.1." not in out
+    assert main(["why", "llama", "residual"]) == 0
+    assert "fuse it into its readers first (fuse_norms)" in capsys.readouterr().out
     assert main(["why", "llama", "up_donw"]) == 2
     assert "did you mean up_down?" in capsys.readouterr().err

@@ -259,3 +259,18 @@ def test_a_model_that_is_not_there_exits_with_2(
     (tmp_path / "file").write_text("{}")
     assert main(["plan", str(tmp_path / model), "--passes", "linear_quant"]) == 2
     assert model in capsys.readouterr().err
+
+
+def test_a_layer_and_a_directory_that_are_not_there(
+    home: Callable[[str], Home], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = home("llama-128").program
+    monkeypatch.setattr("qc.compiler.capture.capture", lambda path, **options: program)
+    last = len(program.blocks) - 1
+    assert main(["show", "model", "--layer", str(last)]) == 0
+    assert f"model.layers.{last}" in capsys.readouterr().out
+    for layer in ("-1", str(last + 1)):
+        assert main(["show", "model", "--layer", layer]) == 2
+        assert f"layers 0 to {last}" in capsys.readouterr().err
+    assert main(["generate", "nowhere", "hello"]) == 2  # at once: the hub is not asked for a plain name
+    assert "nowhere: no such directory" in capsys.readouterr().err
