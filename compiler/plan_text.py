@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from .contract import Rewrite
 from .cost import Cost, cost_of
 from .edit import Edit, Verb
 from .operand import Quantize
@@ -46,9 +47,10 @@ def title(plan: Plan) -> str:
 
 def step_lines(step: Step) -> list[str]:
     """One pass: its number, its name and options, what it found, its notes."""
-    found = counts(rewrite.pattern for rewrite in step.answer.rewrites)
+    found = counts(pattern for rewrite in step.answer.rewrites for pattern in sites(rewrite))
     shown = ", ".join(f"{count} {pattern.replace('_', '-')}" for pattern, count in found.items()) or "no site"
-    lines = [f"{step.index + 1:3}. {step.what!s:42} {shown:32} {step.what.claim.name.lower()}"]
+    head, claim = f"{step.index + 1:3}. {step.what!s}", step.what.claim.name.lower()
+    lines = [f"{head:47} {shown:32} {claim}"] if len(head) < 48 else [head, f"{'':47} {shown:32} {claim}"]
     online = inserted(step)
     if online:
         kinds = sorted({str(edit.operand) for edit in online})
@@ -57,6 +59,12 @@ def step_lines(step: Step) -> list[str]:
     if schemes:
         lines.append("     " + ", ".join(f"{count} linears {name}" for name, count in schemes.items()))
     return lines + [f"     {note}" for note in step.answer.notes]
+
+
+def sites(rewrite: Rewrite) -> list[str]:
+    """The pattern of a rewrite, once per site: a quantizer that takes a block at once takes many linears."""
+    swaps = sum(edit.verb is Verb.SWAP for edit in rewrite.edits)
+    return [rewrite.pattern] * max(1, swaps)
 
 
 def counts(names: Iterable[str]) -> dict[str, int]:
