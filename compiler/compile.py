@@ -173,8 +173,6 @@ def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Ten
         module, _, leaf = name.rpartition(".")
         if module in layout.prefixes:
             writer.write(f"{layout.prefixes[module]}.{leaf}", tensor)
-        elif isinstance(source, Checkpoint) and name in planned.program.ties:
-            writer.write(source.disk_name(name), tensor)  # untied: it has no place of its own in the input
         elif isinstance(source, Checkpoint):
             for disk, piece in source.to_disk({name: tensor}).items():
                 writer.write(disk, piece)
@@ -204,10 +202,17 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    inputs = {Path(f).name: Path(f) for f in options.calib}
-    if isinstance(program.source, Checkpoint):
-        inputs |= {file.name: file for file in program.source.files}
-    write_manifest(path, inputs, text)
+    write_manifest(path, _inputs(program, options), text)
+
+
+def _inputs(program: Program, options: Options) -> dict[str, Path]:
+    """What the output depends on: files of the checkpoint by their place in it, texts by order and name."""
+    source = program.source
+    files = source.files if isinstance(source, Checkpoint) else ()
+    return {
+        **{f"model/{file.relative_to(source.path).as_posix()}": file for file in files},
+        **{f"calib/{number}/{Path(f).name}": Path(f) for number, f in enumerate(options.calib, 1)},
+    }
 
 
 def _config(program: Program) -> dict[str, Any] | None:

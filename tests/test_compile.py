@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.random_llama import character_tokenizer
 from qc.compiler.compile import Options, Result, compile
 from qc.compiler.cost import cost_of
 from qc.compiler.errors import Refused
@@ -25,7 +26,7 @@ from qc.compiler.solve import _PartSolver
 from qc.compiler.weights import Checkpoint
 from qc.runtime.quantize import dequantize
 from tests.families import ALL, build
-from tests.homes import SAMPLES, Home, compiled, logits, rows, tensors_of
+from tests.homes import SAMPLES, TEXT, Home, compiled, logits, rows, tensors_of
 from tests.programs import captured, relative
 
 SAME = 0.02
@@ -219,6 +220,31 @@ def test_what_stands_beside_the_weights(home: Callable[[str], Home], tmp_path: P
     assert run["peak_memory_bytes"] > 1e8
     manifest = json.loads((tmp_path / "out" / "qc_manifest.json").read_text())
     assert hashlib.sha256(place.text.read_bytes()).hexdigest() in json.dumps(manifest)
+
+
+def test_the_manifest_tells_inputs_apart_and_nothing_of_where_they_are(
+    home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = home("llama-128")
+    digests = []
+    for folder, name in (("a", "config.json"), ("b", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(json.dumps([f"{folder} {TEXT * 9}"]))
+        digests.append(hashlib.sha256((tmp_path / folder / name).read_bytes()).hexdigest())
+    manifests = []
+    for cwd, calib in (
+        (tmp_path, "a/config.json b/config.json"),
+        (tmp_path / "a", "config.json ../b/config.json"),
+    ):
+        monkeypatch.chdir(cwd)
+        options = Options(scheme="w8a8", calib=calib.split(), tokenizer=character_tokenizer(), **SAMPLES)
+        compile(place.program, "iter_smooth,linear_quant", f"out-{cwd.name}", options)
+        manifests.append((cwd / f"out-{cwd.name}" / "qc_manifest.json").read_bytes())
+    assert manifests[0] == manifests[1]
+    inputs = json.loads(manifests[0])["inputs"]
+    assert [inputs[f"calib/{n}/config.json"]["sha256"] for n in (1, 2)] == digests
+    assert {"model/config.json", "model/model.safetensors"} <= inputs.keys()
+    assert str(tmp_path).encode() not in manifests[0]
 
 
 @pytest.mark.parametrize("passes", [ONLINE, "iter_smooth,quarot,autoround{iters=2}"])
