@@ -13,22 +13,32 @@ from .errors import Failed, Refused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 done, 1 failed while working, 2 refused."""
+    """Run one command; 0 done, 1 failed while working, 2 refused, 130 interrupted."""
     # Read by OpenMP when torch is imported: threads that spin while they wait cost others, and us, far more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = make_parser()
     args, words = parser.parse_known_args(argv)
     try:
         check_words(parser, args, words)
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except Refused as error:
         print(f"qc: {error}", file=sys.stderr)
         return 2
     except Failed as error:
         print(f"qc: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
+    except BrokenPipeError:  # what Python flushes at its end must not meet it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"qc: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qc: interrupted; nothing was written", file=sys.stderr)
+        return 130
 
 
 def check_words(parser: argparse.ArgumentParser, args: argparse.Namespace, words: Sequence[str]) -> None:

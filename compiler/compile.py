@@ -17,7 +17,7 @@ from .calibration import Calibration, calibration
 from .capture import capture
 from .contract import Pass
 from .cost import cost_of
-from .errors import Refused
+from .errors import Failed, Refused
 from .export import RUN, Output, check_written, copy_side_files, exported_config, write_json, write_manifest
 from .half_linear import has_half_units
 from .journal import Journal
@@ -108,18 +108,32 @@ def compile(
     output = Output(out, force=options.force, inputs=[Path(f) for f in options.calib] + _paths(model))
     output.check()
     planned = plan(model, passes, options).require()
-    program = planned.program
     estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
     data = _data(planned, options)
     layout = planned.layout
+    output.check(layout.nbytes)
+    try:
+        journal = _work(planned, data, proved_first, output, options, report, (started, estimate))
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error
+    return Result(Path(out), planned, journal)
+
+
+def _work(
+    planned: Plan, data: Calibration | None, proved: Any, output: Output, options: Options,
+    report: Callable[[Progress], None], begun: tuple[float, float],
+) -> Journal:  # fmt: skip
+    """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
+    layout, (started, estimate) = planned.layout, begun
     with output, _own_random_state():
         with ShardWriter(output.path, layout.specs) as writer:
             solver = Solver(
-                planned, data.tokens if data else _random_ids(program, options), _sink(planned, layout, writer),
-                compute=_compute(program, options), report=report,
+                planned, data.tokens if data else _random_ids(planned.program, options),
+                _sink(planned, layout, writer), compute=_compute(planned.program, options), report=report,
             )  # fmt: skip
-            solver.journal.twin(proved_first)
+            solver.journal.twin(proved)
             journal = solver.run()
         check_written(output.path, layout.specs)
         _beside(planned, layout, data, journal, output.path, options)
@@ -128,8 +142,9 @@ def compile(
             "estimated_peak_memory_bytes": estimate,
             "host": platform.node(), "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "removed": list(output.removed),
         })  # fmt: skip
-    return Result(Path(out), planned, journal)
+    return journal
 
 
 def _paths(model: Model | Program) -> list[Path]:

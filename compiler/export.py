@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +40,9 @@ class Output:
     """The directory ``out``, built beside it and renamed into place when everything is written and on disk.
 
     ``with Output(out) as output: ...`` writes to ``output.path``. An exception, Ctrl-C, SIGTERM or SIGHUP
-    inside removes what was written and leaves ``out`` as it was.
+    inside removes what was written and leaves ``out`` as it was. A process that is killed outright leaves its
+    ``<out>.partial-<host>-<pid>``; the next one on that host with the same ``out`` removes it. Whether its owner
+    lives is told by a lock that the owner holds, which ends with it.
 
     Args:
         out: Directory to make.
@@ -50,16 +55,25 @@ class Output:
 
     def __init__(self, out: str | Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
         self.out = Path(out).resolve()
-        self.path = self.out.with_name(f"{self.out.name}.partial-{os.getpid()}")
+        self._partial = f"{self.out.name}.partial-{platform.node()}-"
+        self.path = self.out.with_name(f"{self._partial}{os.getpid()}")
+        self.removed: tuple[str, ...] = ()
+        """Names of what killed processes had left beside ``out``."""
         self._inputs = tuple(path.resolve() for path in inputs)
         self._force = force
         self._handlers: dict[signal.Signals, Any] = {}
+        self._lock = -1
 
-    def check(self) -> None:
-        """Refuse an output that exists, without force, or that is not ours to replace."""
+    def check(self, nbytes: int = 0) -> None:
+        """Refuse an output that exists, without force, or that is not ours to replace, or has no place.
+
+        Args:
+            nbytes: What is going to be written, at least.
+        """
         for path in self._inputs:
             if path.is_relative_to(self.out):
                 raise Refused(f"{self.out} is or contains the input {path}; choose another output directory")
+        _check_place(self.out, nbytes)
         if not self.out.exists():
             return
         if not self.out.is_dir():
@@ -78,9 +92,8 @@ class Output:
     def __enter__(self) -> Output:
         self.check()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir()
+        self.removed = tuple(path.name for path in self._left_behind() if _remove_unowned(path))
+        self._lock = _make_owned(self.path)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) is signal.SIG_DFL:
@@ -98,8 +111,16 @@ class Output:
             for number in self._handlers:
                 signal.signal(number, signal.SIG_IGN)
             shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+
+    def _left_behind(self) -> list[Path]:
+        return sorted(
+            path
+            for path in self.out.parent.iterdir()
+            if path.name.startswith(self._partial) and path.name.removeprefix(self._partial).isdigit()
+        )
 
     def _place(self) -> None:
         """Rename into place. A directory that is replaced ends at ``self.path`` and is removed from there."""
@@ -109,6 +130,49 @@ class Output:
         else:
             self.path.rename(self.out)
         _fsync(self.out.parent)
+
+
+def _check_place(out: Path, nbytes: int) -> None:
+    """Refuse an output that can not be made where it is asked for."""
+    above = next(path for path in out.parents if os.path.lexists(path))
+    if not above.is_dir():
+        raise Refused(f"{out}: {above} is not a directory; choose another output directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise Refused(f"{out}: {above} is not writable; choose another output directory")
+    free = shutil.disk_usage(above).free
+    if free < nbytes:
+        raise Refused(
+            f"{out}: {nbytes / 1e9:.3f} GB are to be written and {free / 1e9:.3f} GB are free there; make room or"
+            " choose another output directory"
+        )
+
+
+def _make_owned(path: Path) -> int:
+    """Make a directory and lock it for as long as this process lives; returns the descriptor of the lock."""
+    while True:
+        path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if path.is_dir() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+        os.close(descriptor)  # taken for left behind, and removed, before it was locked
+
+
+def _remove_unowned(path: Path) -> bool:
+    """Remove a directory whose owner no longer lives; whether that was so."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    except OSError:  # locked by its owner, or not ours to remove
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

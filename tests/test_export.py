@@ -216,6 +216,48 @@ def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_killed_processes_left_is_removed_and_what_others_work_on_is_not(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    ends = {}
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            with Output(tmp_path / "out") as output:
+                (output.path / "half").write_text("half")
+                os.write(writer, f"{output.path.name}\n".encode())
+                time.sleep(60)
+            os._exit(0)
+        ends[child] = os.read(reader, 999).decode().strip()
+    dead, alive = ends
+    os.kill(dead, signal.SIGKILL)
+    os.waitpid(dead, 0)
+    others = {"out.partial-elsewhere-7", "out.partial-", "out.partial-notes", "outer.partial-1"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    assert {p.name for p in tmp_path.iterdir()} == others | set(ends.values())
+    with Output(tmp_path / "out") as output:
+        (output.path / "config.json").write_text("new")
+    assert output.removed == (ends[dead],)
+    assert {p.name for p in tmp_path.iterdir()} == others | {ends[alive], "out"}
+    os.kill(alive, signal.SIGKILL)
+    os.waitpid(alive, 0)
+
+
+@pytest.mark.parametrize("below", ["file", "file/deeper"])
+def test_a_place_below_what_is_no_directory(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(Refused, match=f"{tmp_path / 'file'} is not a directory"):
+        Output(tmp_path / below / "out").check()
+
+
+def test_a_place_that_is_not_writable_or_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match=r"1000000000.000 GB are to be written and .* GB are free"):
+        Output(tmp_path / "out").check(nbytes=10**18)
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(Refused, match=f"{tmp_path} is not writable"):
+        Output(tmp_path / "new" / "out").check()
+
+
 def test_signal_handlers_are_given_back(tmp_path: Path) -> None:
     finished(tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

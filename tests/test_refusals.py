@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from qc.compiler.edit import Verb
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
 from qc.compiler.program import Program
+from qc.compiler.safetensors_io import ShardWriter
 from qc.compiler.solve import Progress
 from qc.compiler.weights import Checkpoint
 from tests.homes import SAMPLES, Home, compiled, logits
@@ -79,6 +82,7 @@ def test_a_killed_run_leaves_nothing_at_its_output(home: Callable[[str], Home], 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.splitlines() == ["SIGKILL -9 False", "SIGTERM 143 False"], done.stderr
+    nothing_at(tmp_path / "out")  # the second run removed what the first had left beside it
 
 
 def test_an_existing_output_is_refused_before_any_work(home: Callable[[str], Home], tmp_path: Path) -> None:
@@ -249,6 +253,61 @@ def test_a_failed_proof_exits_with_1_and_leaves_nothing(
     assert "iter_smooth at model.layers.0" in err
     assert "claims to keep the function" in err
     nothing_at(tmp_path / "out")
+
+
+def test_a_disk_that_is_full_exits_with_1_and_leaves_nothing(
+    qc: Any, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ShardWriter, name: str, tensor: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ShardWriter, "write", full)
+    status, err = qc("compile", damaged, *COMPILE, "--out", tmp_path / "out")
+    assert status == 1
+    assert f"{tmp_path / 'out'}: No space left on device; nothing is left there" in err
+    nothing_at(tmp_path / "out")
+
+
+def test_an_output_that_will_not_fit_is_refused_before_any_work(
+    qc: Any, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    status, err = qc("compile", damaged, *COMPILE, "--out", tmp_path / "out")
+    assert status == 2
+    assert "0.000 GB are free there; make room" in err
+    nothing_at(tmp_path / "out")
+
+
+def test_an_interrupted_command_says_so(
+    qc: Any, damaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupt(self: ShardWriter, name: str, tensor: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ShardWriter, "write", interrupt)
+    status, err = qc("compile", damaged, *COMPILE, "--out", tmp_path / "out")
+    assert status == 130
+    assert "interrupted; nothing was written" in err
+    nothing_at(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("model", "is or contains the input"),
+        ("file", "exists and is not a directory"),
+        ("file/out", "is not a directory"),
+    ],
+)
+def test_a_place_where_nothing_can_be_made_exits_with_2(
+    out: str, words: str, qc: Any, damaged: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    status, err = qc("compile", damaged, *COMPILE, "--out", tmp_path / out, "--force")
+    assert status == 2
+    assert words in err
+    assert (tmp_path / "file").read_text() == "a file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
 
 
 @pytest.mark.parametrize("model", ["nowhere", "empty", "file"])
