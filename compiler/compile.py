@@ -18,7 +18,16 @@ from .capture import capture
 from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
-from .export import RUN, Output, check_written, copy_side_files, exported_config, write_json, write_manifest
+from .export import (
+    RUN,
+    Output,
+    RunAsOne,
+    check_written,
+    copy_side_files,
+    exported_config,
+    write_json,
+    write_manifest,
+)
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
@@ -30,6 +39,7 @@ from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .solve import Progress, Solver
+from .targets.served import sites_of
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
@@ -183,10 +193,12 @@ def _random_ids(program: Program, options: Options) -> Tensor:
 def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Tensor], None]:
     """Where finished tensors go: under their names on disk."""
     source = planned.program.source
+    shards = RunAsOne(planned.target.run_as_one(sites_of(planned)))
 
     def sink(name: str, tensor: Tensor) -> None:
         module, _, leaf = name.rpartition(".")
         if module in layout.prefixes:
+            shards.check(module, leaf, tensor)
             writer.write(f"{layout.prefixes[module]}.{leaf}", tensor)
         elif isinstance(source, Checkpoint):
             for disk, piece in source.to_disk({name: tensor}).items():
@@ -223,11 +235,10 @@ def _beside(
 def _inputs(program: Program, options: Options) -> dict[str, Path]:
     """What the output depends on: files of the checkpoint by their place in it, texts by order and name."""
     source = program.source
-    files = source.files if isinstance(source, Checkpoint) else ()
-    return {
-        **{f"model/{file.relative_to(source.path).as_posix()}": file for file in files},
-        **{f"calib/{number}/{Path(f).name}": Path(f) for number, f in enumerate(options.calib, 1)},
-    }
+    found = {f"calib/{number}/{Path(file).name}": Path(file) for number, file in enumerate(options.calib, 1)}
+    if isinstance(source, Checkpoint):
+        found |= {f"model/{file.relative_to(source.path).as_posix()}": file for file in source.files}
+    return found
 
 
 def _config(program: Program) -> dict[str, Any] | None:

@@ -29,6 +29,8 @@ from .shards import inside
 MANIFEST = "qc_manifest.json"
 RUN = "run.json"
 """What varies between two runs of one command: times, memory, host. No hash covers it."""
+SHARED = ("input_scale", "input_offset", "left_trans", "right_trans", "clip_ratio")
+"""Tensors of a linear that have no axis of outputs."""
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
 _REPLACED = ("config.json", "*.index.json", "quant*", "qc_*.json", "journal*.json", RUN, "*.safetensors")
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
@@ -292,6 +294,30 @@ def check_written(directory: Path, specs: Mapping[str, TensorSpec]) -> None:
         wanted = None if planned is None else TensorSpec(planned.dtype, planned.shape)
         if found.get(name) != wanted:
             raise Failed(f"{directory}: {name} is {found.get(name)}, planned was {wanted}")
+
+
+class RunAsOne:
+    """A watch on tensors that are written: of linears that a server runs as one it keeps one for all.
+
+    Args:
+        first_of: Those linears, each with the first of them.
+    """
+
+    def __init__(self, first_of: Mapping[str, str]) -> None:
+        self._first_of = first_of
+        self._seen: dict[tuple[str, str], tuple[str, torch.Tensor]] = {}
+
+    def check(self, module: str, leaf: str, tensor: torch.Tensor) -> None:
+        """Take one finished tensor of a linear; Failed when another linear's is there and differs."""
+        first = self._first_of.get(module)
+        if first is None or leaf not in SHARED:
+            return
+        other, known = self._seen.setdefault((first, leaf), (module, tensor))
+        if not torch.equal(known, tensor):
+            raise Failed(
+                f"{leaf} of {other} and of {module} differ, and the server runs both as one linear, with the last"
+                " that it reads: the pass that made them must give linears that read one value the same"
+            )
 
 
 def digests(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qc.compiler.errors import Refused
+from qc.compiler.operand import Kronecker
 from qc.compiler.safetensors_io import TensorSpec
 from qc.compiler.scheme import (
     FLOAT,
@@ -114,6 +115,30 @@ def test_linears_that_are_served_as_one_have_one_type(group: tuple[str, ...]) ->
         assert [(p.rule, p.site) for p in found] == [("fused", group[0])]
         assert f"{name.rpartition('.')[2]} is W4A4_DYNAMIC" in found[0].message
         assert rules(having(layer(), name, scheme=FLOAT)) == [("fused", group[0])]
+
+
+def test_linears_that_are_served_as_one_have_one_scheme_and_one_rotation() -> None:
+    narrow = LinearScheme(Int(8, "channel"), Int(8, "tensor"))
+    assert VLLM_ASCEND.format_of(narrow, False) is VLLM_ASCEND.format_of(W8A8_STATIC, False)
+    (found,) = VLLM_ASCEND.check(having(layer(W8A8_STATIC), QKV[1], scheme=narrow), MODEL)
+    assert (found.rule, found.site) == ("fused", QKV[0])
+    assert (
+        "q_proj is W8A8 (int8/channel, int8/tensor/asym), k_proj is W8A8 (int8/channel, int8/tensor),"
+        in found.message
+    )
+    rotated = {"rotated": True, "split": (8, 16)}
+    same = [
+        replace(site, **rotated, rotation=Kronecker(8, 16, 0, torch.bfloat16)) if site.name in GATED else site
+        for site in layer(W4A4).values()
+    ]
+    assert rules(same) == []
+    other = {site.name: site for site in same}
+    mixed = having(other, GATED[1], rotation=Kronecker(8, 16, 1, torch.bfloat16))
+    (found,) = VLLM_ASCEND.check(mixed, MODEL)
+    assert (found.rule, found.site) == ("fused", GATED[0])
+    assert "gate_proj is rotated by 8x16 of seed 0, up_proj is rotated by 8x16 of seed 1" in found.message
+    assert MODELSLIM.check(mixed, MODEL) == ()
+    assert VLLM_ASCEND.run_as_one(same) == dict.fromkeys(QKV, QKV[0]) | dict.fromkeys(GATED, GATED[0])
 
 
 def test_linears_of_two_modules_that_read_one_value_may_differ() -> None:

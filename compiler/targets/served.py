@@ -34,6 +34,8 @@ class LinearSite:
     """Whether its input is rotated while the model runs."""
     split: tuple[int, int] | None = None
     """Sizes (a, b) of the factors of that rotation; ``in_features`` is a number of blocks of a * b."""
+    rotation: Kronecker | None = None
+    """The rotation itself, where more than its sizes is known."""
     reads_with: tuple[str, ...] = ()
     """Other linears that read the same value, found by dataflow."""
     row_parallel: bool = False
@@ -115,6 +117,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 added_bias=added,
                 rotated=rotation is not None,
                 split=(rotation.left, rotation.right) if rotation else None,
+                rotation=rotation,
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
                 expert=name in roles["expert"],

@@ -114,6 +114,13 @@ class Target(ABC):
             Refused: A quantized linear has no tensor of its own on disk.
         """
 
+    def run_as_one(self, sites: Sequence[LinearSite]) -> Mapping[str, str]:
+        """Linears that the consumer runs as one with others, each with the first of them.
+
+        Of tensors without an axis of outputs it keeps one for all: they must be equal in the export.
+        """
+        return {}
+
     @abstractmethod
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """JSON files that stand beside the weights, by file name."""

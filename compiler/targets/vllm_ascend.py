@@ -57,7 +57,7 @@ class VllmAscend(Target):
         found = [*_dtype(sites, model), *_norm_biases(model)]
         for site in sites:
             found += self._type(site)
-            found += _fused(site, order, labels)
+            found += _fused(site, by_name, order, labels)
             found += _sizes(site)
             found += _rotation(site, model)
             found += self._bias(site)
@@ -79,6 +79,15 @@ class VllmAscend(Target):
     ) -> Layout:
         """The tensors of the ascendv1 layout."""
         return ascendv1.layout(parameters, sites, model.dtype, names, self.format_of)
+
+    def run_as_one(self, sites: Sequence[LinearSite]) -> Mapping[str, str]:
+        """Shards of q, k, v and of gate, up: the server's loader lets the last one overwrite the others."""
+        order = {site.name: place for place, site in enumerate(sites)}
+        return {
+            site.name: min((site.name, *(n for n in site.fused if n in order)), key=order.__getitem__)
+            for site in sites
+            if site.fused and not site.expert
+        }
 
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file, by which the server recognises the checkpoint."""
@@ -184,22 +193,34 @@ class VllmAscend(Target):
             )
 
 
-def _fused(site: LinearSite, order: Mapping[str, int], labels: Mapping[str, str]) -> Iterator[Problem]:
-    """Shards of one fused linear have one type. Reported once, at the first of them."""
-    group = [site.name, *(name for name in site.fused if name in order)]
-    if (
-        site.expert
-        or len({labels[name] for name in group}) < 2
-        or min(group, key=order.__getitem__) != site.name
-    ):
+def _fused(
+    site: LinearSite, by_name: Mapping[str, LinearSite], order: Mapping[str, int], labels: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Shards of one fused linear have one scheme and one rotation. Reported once, at the first of them."""
+    shards = [by_name[name] for name in (site.name, *site.fused) if name in by_name]
+    if site.expert or min(shards, key=lambda shard: order[shard.name]) is not site:
         return
-    listed = ", ".join(f"{name.rpartition('.')[2]} is {labels[name]}" for name in group)
-    yield Problem(
-        "fused",
-        site.name,
-        f"the server runs it as one linear with those beside it, but {listed}",
-        "give all of them one scheme",
-    )
+    shown = {"scheme": _scheme_shown(shards, labels), "rotation": _rotation_shown(shards)}
+    for what, how in shown.items():
+        if len(set(how)) > 1:
+            listed = ", ".join(
+                f"{s.name.rpartition('.')[2]} is {h}" for s, h in zip(shards, how, strict=True)
+            )
+            yield Problem(
+                "fused",
+                site.name,
+                f"the server runs it as one linear with those beside it, but {listed}",
+                f"give all of them one {what}",
+            )
+            return
+
+
+def _scheme_shown(shards: Sequence[LinearSite], labels: Mapping[str, str]) -> list[str]:
+    """The type of each, or its whole scheme where the type alone does not tell two apart."""
+    types = [labels[site.name] for site in shards]
+    if len(set(types)) > 1 or types[0] == ascendv1.FLOAT_TYPE:
+        return types
+    return [f"{types[0]} ({site.scheme.weight}, {site.scheme.act})" for site in shards]
 
 
 def _prefix(site: LinearSite, labels: Mapping[str, str], floats: Sequence[str]) -> Iterator[Problem]:
@@ -260,6 +281,18 @@ def _sizes(site: LinearSite) -> Iterator[Problem]:
             f"int4 goes in packs of 8 channels, and it has {site.in_features} in and {site.out_features} out",
             "give it 8 bits, or keep it float",
         )
+
+
+def _rotation_shown(shards: Sequence[LinearSite]) -> list[str]:
+    """The rotation of each, told apart by its seed where sizes do not."""
+    return [
+        "not rotated"
+        if not site.rotated
+        else f"rotated by {site.rotation} of seed {site.rotation.seed}"
+        if site.rotation
+        else f"rotated by {site.split}"
+        for site in shards
+    ]
 
 
 def _rotation(site: LinearSite, model: ModelFacts) -> Iterator[Problem]:
