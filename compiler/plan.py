@@ -14,6 +14,7 @@ from . import registry
 from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
 from .errors import Refused
 from .graph_edit import rewritten
+from .laws import op_name
 from .program import Program
 from .roles import roles_of
 from .scheme import Scheme, matches
@@ -150,12 +151,21 @@ def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]
             + ", ".join(others)
         )
     blocks = {part.index for part in program.blocks}
+    mixtures = [node for node in program.graph.nodes if op_name(node) == "qc.experts"]
+    stacks = {operand: node for node in mixtures for operand in node.all_input_nodes}
+    if scheme.rules and mixtures:
+        first = next(str(operand.target) for operand in stacks if operand.op == "get_attr")
+        found.append(
+            f"the experts of {len(mixtures)} layers stay float, those of {first.rpartition('.')[0]} first: experts"
+            " are not quantized yet"
+        )
     boxes = [
         str(node.target)
         for node in program.graph.nodes
         if node.meta.get("part") in blocks
         and node.op == "get_attr"
         and node.target not in program.constants
+        and node not in stacks
         and node.meta["val"].dim() > 1
     ]
     if scheme.rules and boxes:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from ..compiler.contract import EXACT, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
+from ..compiler.flow import follow
+from ..compiler.laws import Map, op_name
 from ..compiler.operand import Gain
+from ..compiler.pattern import place
 from ..compiler.program import Program
 from ..patterns.norm_linear import norm_linear
 
@@ -54,3 +57,12 @@ class FuseNorms(Pass):
         miss = norm_linear.nearest(program)
         why = f"nearest, {miss.at}: {miss.reason}" if miss is not None else "no norm of this model has a gain"
         return Answer((), notes=(f"no site: {why}",))
+
+
+def reads_besides_linears(program: Program, norm: str) -> str:
+    """The first thing that reads a norm and can not take over its gain."""
+    node = next(node for node in program.graph.nodes if node.op == "call_module" and node.target == norm)
+    obstacles = follow(program, node, Map.SCALE, copies_only=True).obstacles
+    if not obstacles:
+        return "no linear"
+    return f"{op_name(obstacles[0].node)} in {place(program, obstacles[0].node)}"

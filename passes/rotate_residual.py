@@ -11,7 +11,10 @@ from ..compiler.pattern import Site
 from ..compiler.program import Program
 from ..patterns.residual import residual
 from ..runtime.hadamard import has_hadamard
+from .fuse_norms import reads_besides_linears
 from .sites import width_in
+
+WITHOUT = "Leave quarot (rotate_residual) out for this model; smoothing and quantizers do without it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +49,9 @@ class RotateResidual(Pass):
         """One rewrite over the whole model, split into its parts when it is solved."""
         matches = residual.find(program)
         if not matches:
-            miss = residual.nearest(program)
-            where = f"{miss.at}: {miss.reason}" if miss is not None else "the model has no embedding"
-            return Answer((), problems=(f"the residual stream can not be rotated. {where}",))
+            return Answer(
+                (), problems=(f"the residual stream can not be rotated: {why_not(program)}. {WITHOUT}",)
+            )
         space = matches[0].space
         width = width_in(program, str(space.readers[0].target))
         rotation, problem = hadamard_of(width, self.block_size, 1, setting.seed)
@@ -60,6 +63,18 @@ class RotateResidual(Pass):
         rewrite = Rewrite(self.name, "residual", "residual stream", (*writers, *readers), EXACT, basis)
         note = f"{len(writers)} writers, {len(readers)} readers, {rotation}"
         return Answer((rewrite,), notes=(note,))
+
+
+def why_not(program: Program) -> str:
+    """What keeps the residual stream from being rotated, with its place."""
+    miss = residual.nearest(program)
+    if miss is None:
+        return "the model has no embedding"
+    leaf = program.leaves.get(miss.at)
+    if leaf is not None and leaf.norm is not None and leaf.norm.weight and not leaf.norm.mean_subtracting:
+        other = reads_besides_linears(program, miss.at)
+        return f"{miss.at} multiplies by its gain, which only linears could take over, and {other} reads it"
+    return miss.reason if miss.reason.startswith(miss.at) else f"{miss.at}: {miss.reason}"
 
 
 def check_block_size(block_size: int) -> None:

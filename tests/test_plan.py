@@ -142,10 +142,15 @@ def test_only_linears_of_blocks_are_quantized() -> None:
 
 
 def test_a_matrix_that_no_linear_holds_is_told_of() -> None:
+    notes = planned("mixtral", RTN).notes
     assert any(
-        note.startswith("9 matrices that no linear holds stay float")
-        for note in planned("mixtral", RTN).notes
+        n.startswith("3 matrices that no linear holds stay float: model.layers.0.mlp.gate") for n in notes
     )
+    assert any(
+        n.startswith("the experts of 3 layers stay float, those of model.layers.0.mlp.experts") for n in notes
+    )
+    silent = planned("mixtral", RTN, scheme="float").notes + planned("llama", RTN).notes
+    assert not any("stay float" in note for note in silent)
 
 
 def test_the_first_rule_that_matches_wins_and_an_unused_one_is_an_error() -> None:
@@ -197,8 +202,20 @@ def test_a_block_size_that_does_not_fit_names_the_width() -> None:
     only(planned("smollm2", f"quarot{{block_size=8}},{RTN}"))
 
 
-def test_a_stream_that_can_not_be_rotated_names_what_is_in_the_way() -> None:
-    only(planned("opt", f"quarot,{RTN}"), "residual stream|self_attn_layer_norm subtracts the mean")
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("opt", "self_attn_layer_norm subtracts the mean"),
+        (
+            "gemma2",
+            "0.post_attention_layernorm multiplies by its gain|only linears|aten.add in model.layers.0 reads",
+        ),
+        ("mixtral", "0.post_attention_layernorm multiplies by its gain|in model.layers.0.mlp.gate reads it"),
+    ],
+)
+def test_a_stream_that_can_not_be_rotated_names_what_is_in_the_way(family: str, words: str) -> None:
+    found = planned(family, f"quarot,{RTN}", scheme="w8a8", target="modelslim")
+    only(found, f"residual stream|{words}|Leave quarot (rotate_residual) out")
 
 
 @pytest.mark.parametrize(("tp", "copies"), [(1, {1}), (2, {2})])
