@@ -21,6 +21,7 @@ from .errors import Refused
 from .export_module import export_graph
 from .fold import fold
 from .program import Program, WeightSource
+from .shards import nothing
 from .source import InMemory, ShapesOnly
 from .templates import expand, marked
 from .weights import Checkpoint
@@ -134,8 +135,10 @@ def _source(what: Subject, owner: nn.Module, names: dict[str, str]) -> tuple[Wei
     """Where the weights are, and which names share them."""
     if what.module is not None:
         return InMemory(what.module.state_dict(keep_vars=True)), names
-    if what.path is None or not _has_weights(what.path):
+    if what.path is None:
         return ShapesOnly(owner), names
+    if not _has_weights(what.path):
+        return ShapesOnly(owner, nothing(what.path)), names
     checkpoint = Checkpoint(what.path, owner)
     return checkpoint, dict(checkpoint.ties)
 

@@ -127,7 +127,8 @@ def _directory(model: str) -> Path:
             )
         return path
     if path.exists():
-        raise Refused(f"{model} is a file.\nGive the checkpoint directory that holds config.json.")
+        kind = "a GGUF file, which qc does not read" if path.suffix == ".gguf" else "a file"
+        raise Refused(f"{model} is {kind}.\nGive the checkpoint directory that holds config.json.")
     if not is_hub_id(model):
         raise Refused(
             f"{model}: no such directory.\nGive a checkpoint directory, or a hub id such as org/name."
@@ -169,8 +170,8 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
                 f"{path} needs Python code that comes with the checkpoint (model_type {raw['model_type']}).\n"
                 "It runs only when you say --trust-remote-code; read that code first."
             ) from error
-        reason = str(error).strip().split("\n")[0]
-        raise Refused(f"{file} cannot be read by transformers: {reason}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise Refused(f"{file} cannot be read by transformers: {type(error).__name__}: {reason}") from error
 
 
 def _check_config(config: Any, where: str) -> None:

@@ -101,13 +101,13 @@ def _by_itself(program: Program, what: Subject, example: Mapping[str, Tensor] | 
 
 def inputs_for(program: Program, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random token ids that the program's embedding has, and a mask with left padding in the first row."""
-    ids = torch.randint(_tokens(program), SHAPE, generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(vocabulary(program), SHAPE, generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(ids)
     mask[0, :PADDED] = 0
     return ids, mask
 
 
-def _tokens(program: Program) -> int:
+def vocabulary(program: Program) -> int:
     """How many token ids there are: rows of the table that ``input_ids`` look up, whatever reshapes them."""
     reached = {n for n in program.graph.nodes if n.op == "placeholder" and n.target == "input_ids"}
     for node in program.nodes(program.parts[0]):

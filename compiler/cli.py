@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 from .errors import Failed, Refused
@@ -60,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qc", description="A quantization compiler for large language models."
     )
+    parser.add_argument("--version", action="version", version=f"qc {version('qc')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, help_text in (("compile", run_compile, "compile a model into a quantized checkpoint"),
                                  ("plan", run_plan, "say what a compile would do, before any weight is read")):  # fmt: skip
@@ -150,7 +153,12 @@ def run_compile(args: argparse.Namespace) -> None:
     with shown() as report:
         result = compile(args.model, args.passes, args.out, options, report)
     journal = result.journal
-    print(f"{journal.proofs} rewrites proved, largest error {journal.worst:.1g} (relative, float64)")
+    data = result.calibration
+    if data is not None:
+        fewer = f", fewer than the {options.samples} asked for" if len(data.tokens) < options.samples else ""
+        print(f"calibrated on {data}{fewer}")
+    if journal.proofs:
+        print(f"{journal.proofs} rewrites proved, largest error {journal.worst:.1g} (relative, float64)")
     print(f"wrote {result.path}")
 
 
@@ -197,6 +205,11 @@ def run_why(args: argparse.Namespace) -> None:
 
     pattern = registry.get("patterns", args.pattern)
     program = capture(args.model, trust_remote_code=args.trust_remote_code)
+    modules = [name for name, _ in program.root.named_modules()]
+    if args.at is not None and not any(args.at in name for name in modules):
+        close = difflib.get_close_matches(args.at, modules, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise Refused(f"--at {args.at}: no module of the model has that in its name{hint}")
     below = [match for match in pattern.find(program) if args.at is None or args.at in str(match)]
     for match in below:
         print(f"matches: {fields(match)}")
@@ -204,7 +217,7 @@ def run_why(args: argparse.Namespace) -> None:
     if miss is not None:
         print(f"nearest miss at {miss.at}: {miss.reason}")
     elif not below:
-        print("nothing there was tried: is the module name right?")
+        print("nothing there looks like it: no attempt got as far as a reason")
 
 
 def fields(match: Any) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .calibration import Calibration, calibration
 from .capture import capture
+from .certify import vocabulary
 from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
@@ -39,6 +40,7 @@ from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .solve import Progress, Solver
+from .source import ShapesOnly
 from .targets.served import sites_of
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
@@ -68,6 +70,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.tp < 1:
             raise Refused(f"--tp {self.tp}: at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise Refused(f"--seed {self.seed}: between 0 and {2**32 - 1}")
         if self.samples < 1 or self.length < 2:
             raise Refused(f"--samples {self.samples} --length {self.length}: at least 1 sample of 2 tokens")
         if self.dtype != "auto" and self.dtype not in DTYPES:
@@ -83,6 +87,8 @@ class Result:
     path: Path
     plan: Plan
     journal: Journal
+    calibration: Calibration | None = None
+    """What it was calibrated on, if it was."""
 
 
 Model = str | Path | nn.Module
@@ -118,6 +124,8 @@ def compile(
     output = Output(out, force=options.force, inputs=[Path(f) for f in options.calib] + _paths(model))
     output.check()
     planned = plan(model, passes, options).require()
+    if isinstance(planned.program.source, ShapesOnly):
+        planned.program.source.load(())
     estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
     data = _data(planned, options)
@@ -128,7 +136,7 @@ def compile(
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error
-    return Result(Path(out), planned, journal)
+    return Result(Path(out), planned, journal, data)
 
 
 def _work(
@@ -180,14 +188,20 @@ def _data(planned: Plan, options: Options) -> Calibration | None:
                 "the model in memory has no tokenizer, and the plan needs calibration data: give tokenizer="
             )
         tokenizer = load_tokenizer(planned.program.path)
-    return calibration(options.calib, tokenizer, samples=options.samples, length=options.length)
+    data = calibration(options.calib, tokenizer, samples=options.samples, length=options.length)
+    rows, highest = vocabulary(planned.program), int(data.tokens.max())
+    if highest >= rows:
+        raise Refused(
+            f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows: the tokenizer"
+            " belongs to another model, or the embedding was cut"
+        )
+    return data
 
 
 def _random_ids(program: Program, options: Options) -> Tensor:
     """Token ids for the proofs of a plan that needs no calibration data, [1, 64]."""
     generator = torch.Generator().manual_seed(options.seed)
-    rows = [leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"]
-    return torch.randint(0, max(rows, default=2), (1, 64), generator=generator)
+    return torch.randint(0, vocabulary(program), (1, 64), generator=generator)
 
 
 def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Tensor], None]:

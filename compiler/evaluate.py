@@ -93,6 +93,8 @@ def evaluate(
     Raises:
         Refused: What ``load`` and ``calibration`` refuse; two vocabularies.
     """
+    if windows < 1:
+        raise Refused(f"--windows {windows}: at least one window is compared")
     texts = read_texts([text_file])
     tokenizer = load_tokenizer(reference)
     tokens = cut(
@@ -107,9 +109,19 @@ def evaluate(
         raise Refused(
             f"{path} has a vocabulary of {sizes[0]}, {reference} one of {sizes[1]}: not the same model"
         )
+    if int(tokens.max()) >= sizes[0]:
+        raise Refused(
+            f"the tokenizer of {reference} gives token {int(tokens.max())}, and its vocabulary has {sizes[0]}:"
+            " the tokenizer belongs to another model"
+        )
     quantized, original = ((lambda ids, m=m: m(input_ids=ids, use_cache=False).logits) for m in models)
     with nullcontext() if has_half_units() else HalfLinear():
-        return compare(quantized, original, tokens)
+        try:
+            return compare(quantized, original, tokens)
+        except IndexError as error:
+            raise Refused(
+                f"{path} has no position for every token of a window of {length}: choose a smaller --length"
+            ) from error
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from .errors import Failed
+from .errors import Failed, Refused
 from .interpret import Semantics, call, interpret
 from .program import Leaf, Part, Program
 
@@ -106,7 +106,7 @@ class _Run:
         state = {n.removeprefix(f"{name}."): t for n, t in _state(self.program, name).items()}
         tensors = {local: self.get(f"{name}.{local}", meta.dtype) for local, meta in state.items()}
         if leaf.kind == "embedding":
-            return F.embedding(args[0], tensors["weight"])
+            return _look_up(name, args[0], tensors["weight"])
         if self.semantics.dtype == torch.float64:
             return interpret(leaf.graph, args, tensors, self.semantics)
         module = self.program.root.get_submodule(name)
@@ -181,6 +181,17 @@ def execute(
             if last[source] is node and source not in kept:
                 del local[source]
     return {node: local[node] for node in nodes if node in kept}
+
+
+def _look_up(name: str, index: Tensor, table: Tensor) -> Tensor:
+    """Rows of a table; Refused where it has too few."""
+    highest = int(index.max()) if index.numel() else 0
+    if highest >= len(table):
+        raise Refused(
+            f"{name} has {len(table)} rows, and row {highest} is looked up: if it holds positions, choose a smaller"
+            " --length; if it holds tokens, the tokenizer belongs to another model"
+        )
+    return F.embedding(index, table)
 
 
 def _value(run: _Run, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:

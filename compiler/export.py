@@ -49,13 +49,15 @@ class Output:
     Args:
         out: Directory to make.
         force: Replace an existing one, at the end and atomically.
-        inputs: Paths that the output must neither be nor contain.
+        inputs: Paths that the output must neither be nor contain; directories that it must not be in.
 
     Raises:
         Refused: ``out`` exists and may not be replaced, or would swallow an input.
     """
 
     def __init__(self, out: str | Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+        if not str(out):
+            raise Refused("--out is empty; name the directory to make")
         self.out = Path(out).resolve()
         self._partial = f"{self.out.name}.partial-{platform.node()}-"
         self.path = self.out.with_name(f"{self._partial}{os.getpid()}")
@@ -75,6 +77,10 @@ class Output:
         for path in self._inputs:
             if path.is_relative_to(self.out):
                 raise Refused(f"{self.out} is or contains the input {path}; choose another output directory")
+            if path.is_dir() and self.out.is_relative_to(path):
+                raise Refused(
+                    f"{self.out} is inside the input {path}; choose an output directory outside of it"
+                )
         _check_place(self.out, nbytes)
         if not self.out.exists():
             return

@@ -33,6 +33,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise Refused(f"max_new_tokens={max_new_tokens}: at least one token is generated")
+    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
+        raise Refused("the prompt is not UTF-8 text")
     tokenizer = load_tokenizer(path)
     if chat and not tokenizer.chat_template:
         raise Refused(f"{path}: the tokenizer has no chat template; leave chat out")
@@ -49,6 +51,12 @@ def generate(
     if tokens.shape[-1] == 0:
         raise Refused("the prompt is empty: say something")
     model: Any = load(path, dtype=dtype)
+    rows, highest = model.get_input_embeddings().get_parameter("weight").shape[0], int(tokens.max())
+    if highest >= rows:
+        raise Refused(
+            f"{path}: the tokenizer gives token {highest}, and the model's vocabulary has {rows}: the tokenizer"
+            " belongs to another model"
+        )
     with torch.no_grad():
         answer = model.generate(
             input_ids=tokens,

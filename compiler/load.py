@@ -80,7 +80,10 @@ def load_tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=here, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        if Path(path).is_dir() and not any((*Path(path).glob("tokenizer*"), *Path(path).glob("*.model"))):
+            reason = "it has no tokenizer files"
+        else:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise Refused(
             f"{path}: no tokenizer that can be read ({reason}); copy the tokenizer files of the model there"
         ) from error

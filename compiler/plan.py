@@ -124,6 +124,7 @@ def make_plan(
         problems += [f"{one.name}: {problem}" for problem in answer.problems]
         problems += unused_globs(one, current, setting)
         problems += after_quantizer(one, answer, current)
+        problems += nothing_left(one, answer, current)
         steps.append(Step(index, one, answer, current, bases))
         current = rewritten(current, answer.rewrites)
         bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
@@ -243,6 +244,17 @@ def after_quantizer(one: Pass, answer: Answer, current: Program) -> list[str]:
     return [
         f"{one.name} rewrites {len(set(hit))} linears (first {hit[0]}) that a pass before it has quantized: "
         f"put {one.name} before the quantizer"
+    ]
+
+
+def nothing_left(one: Pass, answer: Answer, current: Program) -> list[str]:
+    """A quantizer that finds nothing to do because passes before it took everything."""
+    taken = any("scheme" in node.meta for node in current.graph.nodes)
+    if one.claim is EXACT or answer.rewrites or answer.problems or not taken:
+        return []
+    return [
+        f"{one.name} has nothing to do: passes before it have quantized every linear that it would take. Leave it"
+        " out, or let the others leave some (include=..., exclude=...)"
     ]
 
 

@@ -68,7 +68,7 @@ def find_shards(directory: Path) -> Shards:
             return _read(directory, (single,), ())
         if index.is_file():
             return _indexed(directory, index)
-    raise Refused(_nothing(directory))
+    raise Refused(nothing(directory))
 
 
 def _indexed(directory: Path, index: Path) -> Shards:
@@ -113,7 +113,8 @@ def _read(directory: Path, paths: tuple[Path, ...], others: tuple[Path, ...]) ->
     return Shards(directory, (*others, *paths), entries, file)
 
 
-def _nothing(directory: Path) -> str:
+def nothing(directory: Path) -> str:
+    """Why no weights can be read in a directory, and what to do."""
     pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
     if pickles:
         return (
@@ -121,6 +122,9 @@ def _nothing(directory: Path) -> str:
             " qc reads safetensors only. If you trust the file, convert it once with transformers:"
             " AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(DESTINATION)"
         )
+    packed = sorted(p.name for p in directory.glob("*.gguf"))
+    if packed:
+        return f"{directory}: {packed[0]} is GGUF, which qc does not read; give the float checkpoint in safetensors"
     found = sorted(p.name for p in directory.glob("*.safetensors"))
     hint = f"; {found[0]} is there, rename it if it is the whole model" if found else ""
     return f"{directory}: no weights: neither {STEMS[0]}.safetensors nor its sharded form with an index{hint}"

@@ -41,7 +41,8 @@ class InMemory:
 class ShapesOnly:
     """A model of which only the config is known: shapes and dtypes, no weights (``WeightSource``)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, why: str = "captured from a config alone") -> None:
+        self.why = why
         self._meta = {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
     def names(self) -> Iterable[str]:
@@ -58,10 +59,7 @@ class ShapesOnly:
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Refuse: there are no weights."""
-        raise Refused(
-            f"captured from a config alone: there is no {', '.join(list(names)[:3])} to read.\n"
-            "Give the checkpoint directory that holds them."
-        )
+        raise Refused(f"{self.why}.\nThis can be planned; to compile it, give a checkpoint with its weights.")
 
     def check_finite(self, name: str, tensor: Tensor) -> None:
         """There is nothing to check."""

@@ -113,17 +113,17 @@ def convert(text: str, kind: Any) -> Any:
         return convert(text, next(arm for arm in inside if arm is not type(None)))
     if origin is Literal:
         if text not in map(str, inside):
-            raise ValueError(f"it is one of {', '.join(map(str, inside))}")
+            raise ValueError(f"it must be one of {', '.join(map(str, inside))}")
         return next(value for value in inside if str(value) == text)
     if origin is tuple:
         return tuple(convert(item, inside[0]) for item in split(text, "+"))
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError("it is true or false")
+            raise ValueError("it must be true or false")
         return text.lower() == "true"
     if kind in (int, float):
         try:
             return kind(text)
         except ValueError:
-            raise ValueError(f"it is {'a whole number' if kind is int else 'a number'}") from None
+            raise ValueError(f"it must be {'a whole number' if kind is int else 'a number'}") from None
     return text

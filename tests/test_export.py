@@ -295,7 +295,9 @@ def test_the_input_is_not_replaced(tmp_path: Path) -> None:
     for out in (model, tmp_path / "models"):
         with pytest.raises(Refused, match="is or contains the input"):
             Output(out, force=True, inputs=[model]).check()
-    Output(model / "quantized", inputs=[model]).check()
+    with pytest.raises(Refused, match="is inside the input"):
+        Output(model / "quantized", inputs=[model]).check()
+    Output(tmp_path / "models" / "quantized", inputs=[model]).check()
 
 
 def test_replacing_without_the_exchange_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ REFUSED = {
     "fuse_norms{x=1}": "fuse_norms has no options",
     "iter_smooth{alpha=1.5}": "alpha=1.5: it must be between 0 and 1",
     "iter_smooth{alpha=nan}": "between 0 and 1",
-    "iter_smooth{alpha=high}": "alpha=high}: it is a number",
+    "iter_smooth{alpha=high}": "alpha=high}: it must be a number",
     "iter_smooth{scale_min=0}": "scale_min=0.0: it must be positive",
     "iter_smooth{scale_min=inf}": "scale_min=inf",
     "iter_smooth{symmetric=no}": "it is true or false",
