@@ -20,10 +20,11 @@ HEADLINE = "iter_smooth,quarot,autoround{iters=2}"
 PLAIN = "iter_smooth,linear_quant"
 MEAN = "subtracts the mean, which only rotations that keep the all-ones vector allow"
 GAIN = "post_attention_layernorm multiplies by its gain, which only linears could take over"
-UNROTATED = (
-    dict.fromkeys(("olmo", "cohere", "stablelm", "gpt_neox", "opt", "gpt2"), MEAN)
-    | dict.fromkeys(("gemma2", "gemma3", "mixtral", "qwen3_moe"), GAIN)
-)  # fmt: skip
+UNROTATED: dict[str, str] = {}
+for _family in ("olmo", "cohere", "stablelm", "gpt_neox", "opt", "gpt2"):
+    UNROTATED[_family] = MEAN
+for _family in ("gemma2", "gemma3", "mixtral", "qwen3_moe"):
+    UNROTATED[_family] = GAIN
 """Families whose residual stream can not be rotated yet, and what is in the way."""
 TURNED = "its weight is stored as [in, out]"
 
