@@ -64,8 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qc {version('qc')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, run, help_text in (("compile", run_compile, "compile a model into a quantized checkpoint"),
-                                 ("plan", run_plan, "say what a compile would do, before any weight is read")):  # fmt: skip
+    for name, run, help_text in (
+        ("compile", run_compile, "compile a model into a quantized checkpoint"),
+        ("plan", run_plan, "say what a compile would do, before any weight is read"),
+    ):
         command = commands.add_parser(name, help=help_text, description=help_text)
         plan_options(command)
         command.set_defaults(run=run)

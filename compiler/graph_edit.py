@@ -58,7 +58,8 @@ def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewri
 def _insert_bias(program: Program, node: fx.Node) -> None:
     """``y = norm(x) + bias`` with a bias of its own, where the norm has none."""
     leaf = program.leaf(node)
-    assert leaf is not None and leaf.norm is not None
+    assert leaf is not None
+    assert leaf.norm is not None
     node.meta["shifted"] = True
     if leaf.norm.bias:
         return

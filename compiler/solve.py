@@ -214,7 +214,8 @@ class _PartSolver:
             self._run_float(step)
         solver, outputs = self.solver, self.outputs
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
-        assert stream is not None and outputs is not None
+        assert stream is not None
+        assert outputs is not None
         hidden = main_value(outputs[0], self.plan)
         tensors = cast(self.tensors, solver.compute)
         for name in self.schemes_of(step):

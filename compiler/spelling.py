@@ -78,8 +78,8 @@ def one(text: str) -> tuple[Pass, ...]:
         raise Refused(registry.unknown("pass", name, known))
     if name in registry.names("presets"):
         preset = registry.get("presets", name)
-        return tuple(build(preset, name, options, [(p.name, p.annotation, p.default) for p in
-                                                   inspect.signature(preset, eval_str=True).parameters.values()]))  # fmt: skip
+        parameters = inspect.signature(preset, eval_str=True).parameters.values()
+        return tuple(build(preset, name, options, [(p.name, p.annotation, p.default) for p in parameters]))
     cls = registry.get("passes", name)
     hints = typing.get_type_hints(cls)
     return (build(cls, name, options, [(f.name, hints[f.name], f.default) for f in dataclasses.fields(cls)]),)
