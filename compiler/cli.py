@@ -116,13 +116,11 @@ def make_parser() -> argparse.ArgumentParser:
 def plan_options(command: argparse.ArgumentParser) -> None:
     """The options that ``compile`` and ``plan`` share."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
-    command.add_argument(
-        "--passes", required=True, help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)'
-    )
-    command.add_argument(
-        "--scheme", default="auto", help="number formats: auto, w8a8, w4a4, ... (default auto)"
-    )
-    command.add_argument("--target", default="vllm-ascend", help="who loads the result (default vllm-ascend)")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
+    what.add_argument("--config", metavar="FILE", help="a recipe: YAML of apiversion modelslim_v1")
+    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
     command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
@@ -146,6 +144,13 @@ def options_of(args: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
+def passes_of(args: argparse.Namespace) -> Any:
+    """What ``--passes`` says, or the recipe of ``--config``."""
+    from .recipe import read_recipe
+
+    return read_recipe(args.config) if args.config is not None else args.passes
+
+
 def run_compile(args: argparse.Namespace) -> None:
     """``qc compile``."""
     from .compile import compile
@@ -153,7 +158,7 @@ def run_compile(args: argparse.Namespace) -> None:
 
     options = options_of(args)
     with shown() as report:
-        result = compile(args.model, args.passes, args.out, options, report)
+        result = compile(args.model, passes_of(args), args.out, options, report)
     journal = result.journal
     data = result.calibration
     if data is not None:
@@ -174,7 +179,7 @@ def run_plan(args: argparse.Namespace) -> int:
     from .plan_text import plan_json, plan_text
 
     try:
-        planned = plan(args.model, args.passes, options_of(args))
+        planned = plan(args.model, passes_of(args), options_of(args))
     except Refused as error:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))

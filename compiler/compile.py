@@ -6,7 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from .memory import Run
 from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
+from .recipe import Recipe
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
@@ -45,6 +46,8 @@ from .targets.served import sites_of
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
+TARGET = "vllm-ascend"
+"""Who loads the result where nobody says."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -52,10 +55,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Options:
     """What a compile is told besides model, passes and output; the names are those of the command line."""
 
-    scheme: str | Scheme = "auto"
-    target: Any = "vllm-ascend"
+    scheme: str | Scheme | None = None
+    """None is ``auto``, unless every quantizing pass has formats of its own."""
+    target: Any = None
+    """None is that of the recipe, else `TARGET`."""
     tp: int = 1
     calib: Sequence[str | Path] = ()
+    """Empty is the recipe's ``dataset``, else the text that ships with qc."""
     samples: int = 32
     length: int = 512
     seed: int = 0
@@ -66,6 +72,10 @@ class Options:
     force: bool = False
     tokenizer: Any = field(default=None, compare=False)
     """Used instead of the checkpoint's own, for models in memory."""
+    part_file_size: int = 4
+    """Largest file of weights in GiB."""
+    recipe: Path | None = None
+    """The file that the passes were read from; the output depends on it."""
 
     def __post_init__(self) -> None:
         if self.tp < 1:
@@ -92,23 +102,56 @@ class Result:
 
 
 Model = str | Path | nn.Module
+Passes = str | Iterable[str | Pass] | Recipe
+"""What is asked for: as on the command line, as a list, or read from a recipe."""
 
 
-def plan(model: Model | Program, passes: str | Iterable[str | Pass], options: Options | None = None) -> Plan:
+def plan(model: Model | Program, passes: Passes, options: Options | None = None) -> Plan:
     """Everything that can be said before a weight is read. Its problems are listed, not raised."""
-    options = options or Options()
+    given = options or Options()
+    options = filled(passes, given)
     program = (
         model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
     )
-    return make_plan(
-        program, passes, scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
+    planned = make_plan(
+        program, passes.passes if isinstance(passes, Recipe) else passes,
+        scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
         run=Run(options.samples, options.length, _compute(program, options), tuple(map(str, options.calib))),
     )  # fmt: skip
+    return replace(planned, notes=(*origin(passes, given), *planned.notes))
+
+
+def filled(passes: Passes, options: Options) -> Options:
+    """The options, with the recipe's word where nothing was given. Refused when its calibration text is not there."""
+    if not isinstance(passes, Recipe):
+        return replace(options, target=options.target or TARGET)
+    return replace(
+        options,
+        target=options.target or passes.target or TARGET,
+        calib=tuple(options.calib) or passes.calibration(),
+        part_file_size=passes.part_file_size or options.part_file_size,
+        recipe=passes.path,
+    )
+
+
+def origin(passes: Passes, options: Options) -> tuple[str, ...]:
+    """What a plan takes from a recipe and what it does not, and the recipe's own remarks."""
+    if not isinstance(passes, Recipe):
+        return ()
+    taken, left = ["passes"], list[str]()
+    for what, own, given in (
+        ("target", passes.target, options.target),
+        ("dataset", passes.dataset, options.calib),
+    ):
+        if own is not None:
+            (left if given else taken).append(f"{what} {own}")
+    notes = (f"from {passes.path.name}: {', '.join(taken)}", *passes.notes)
+    return (*notes, f"not taken from {passes.path.name}: {', '.join(left)}") if left else notes
 
 
 def compile(
     model: Model | Program,
-    passes: str | Iterable[str | Pass],
+    passes: Passes,
     out: str | Path,
     options: Options | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
@@ -119,11 +162,13 @@ def compile(
         Refused: The input or the plan is not acceptable; nothing was done.
         Failed: Something broke on the way, a failed proof above all; nothing is left at ``out``.
     """
-    options = options or Options()
+    given = options or Options()
+    options = filled(passes, given)
     started = time.time()
-    output = Output(out, force=options.force, inputs=[Path(f) for f in options.calib] + _paths(model))
+    read = [Path(file) for file in (*options.calib, options.recipe) if file is not None]
+    output = Output(out, force=options.force, inputs=read + _paths(model))
     output.check()
-    planned = plan(model, passes, options).require()
+    planned = plan(model, passes, given).require()
     if isinstance(planned.program.source, ShapesOnly):
         planned.program.source.load(())
     estimate = cost_of(planned).peak_bytes
@@ -146,7 +191,7 @@ def _work(
     """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
     layout, (started, estimate) = planned.layout, begun
     with output, _own_random_state():
-        with ShardWriter(output.path, layout.specs) as writer:
+        with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
                 _sink(planned, layout, writer), compute=_compute(planned.program, options), report=report,
@@ -252,6 +297,8 @@ def _inputs(program: Program, options: Options) -> dict[str, Path]:
     found = {f"calib/{number}/{Path(file).name}": Path(file) for number, file in enumerate(options.calib, 1)}
     if isinstance(source, Checkpoint):
         found |= {f"model/{file.relative_to(source.path).as_posix()}": file for file in source.files}
+    if options.recipe is not None:
+        found[f"recipe/{options.recipe.name}"] = options.recipe
     return found
 
 

@@ -13,6 +13,7 @@ from .edit import Edit
 from .operand import Hadamard, Slot
 from .pattern import Pattern
 from .program import Program
+from .scheme import Rule
 
 if TYPE_CHECKING:
     from .scheme import LinearScheme
@@ -151,6 +152,8 @@ class Pass(ABC):
     after: ClassVar[Mapping[Pattern[Any], Mapping[str, str]]]
     """Per pattern: passes that must not stand later in the plan, and why."""
     claim: ClassVar[Claim]
+    weight_methods: ClassVar[tuple[str, ...]] = ()
+    """The recipe's names of the methods by which it makes integers of weights; a ``qconfig`` must ask for one."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -192,8 +195,14 @@ class Pass(ABC):
         return False
 
     def options(self) -> dict[str, Any]:
-        """Option names and values, as the plan prints them."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Option names and values, as the plan prints them; rules are spelled."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            name: tuple(str(one) if isinstance(one, Rule) else one for one in value)
+            if isinstance(value, tuple)
+            else value
+            for name, value in values.items()
+        }
 
     def __str__(self) -> str:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}

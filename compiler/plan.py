@@ -23,6 +23,9 @@ from .spelling import passes_of
 if TYPE_CHECKING:
     from .memory import Run
 
+OF_THE_PASSES = Scheme("strategies")
+"""Stands where every quantizing pass has formats of its own."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -97,19 +100,24 @@ def make_plan(
     program: Program,
     passes: str | Iterable[str | Pass],
     *,
-    scheme: str | Scheme = "auto",
+    scheme: str | Scheme | None = None,
     target: str | Any = "vllm-ascend",
     tp: int = 1,
     seed: int = 0,
     run: Run | None = None,
 ) -> Plan:
-    """Run the rewrite phase: order checks, matches, edits of the graph, the target's rules. No weight is read."""
+    """Run the rewrite phase: order checks, matches, edits of the graph, the target's rules. No weight is read.
+
+    ``scheme`` None is ``auto``, or nothing where every quantizing pass has formats of its own.
+    """
     chosen, notes = passes_of(passes)
+    unread = unread_scheme(chosen, scheme)
+    scheme = scheme or (OF_THE_PASSES if all_have_formats(chosen) else "auto")
     scheme = registry.get("schemes", scheme) if isinstance(scheme, str) else scheme
     target = registry.get("targets", target) if isinstance(target, str) else target
     dtype = torch.bfloat16 if program.dtype in (torch.float32, torch.float64) else program.dtype
     roles = roles_of(program)
-    problems = order_problems(chosen)
+    problems = [*unread, *order_problems(chosen)]
     steps: list[Step] = []
     current, bases = program, ()
     facts: set[Fact] = set()
@@ -140,6 +148,22 @@ def make_plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed,
         (*problems, *target.problems(plan)), (*notes, *target.notes(plan)), run,
     )  # fmt: skip
+
+
+def all_have_formats(chosen: Iterable[Pass]) -> bool:
+    """Whether there are quantizing passes and each has ``strategies``, so that none reads the plan's scheme."""
+    quantizers = [one for one in chosen if Fact.QUANTIZED in one.provides]
+    return bool(quantizers) and all(one.options().get("strategies") for one in quantizers)
+
+
+def unread_scheme(chosen: Iterable[Pass], scheme: str | Scheme | None) -> list[str]:
+    """A scheme that was asked for and that no pass reads."""
+    if scheme is None or not all_have_formats(chosen):
+        return []
+    name = scheme if isinstance(scheme, str) else scheme.name
+    return [
+        f"scheme {name} is read by no pass: every quantizing pass has formats of its own; leave out one of them"
+    ]
 
 
 def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]]) -> tuple[str, ...]:

@@ -48,6 +48,11 @@ def get(group: str, name: str) -> Any:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """``unknown pass 'quarrot'; did you mean quarot?``, or the list of what there is."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
+    found = close(name, known)
+    hint = f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(known)}"
     return f"unknown {what} {name!r}; {hint}"
+
+
+def close(name: str, known: Iterable[str]) -> list[str]:
+    """The one or two names most like ``name``, if any is like it at all."""
+    return difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)

@@ -56,6 +56,14 @@ class LinearScheme:
         """Whether the activation's scale is fixed at calibration."""
         return self.act is not None and self.act.per == "tensor"
 
+    @property
+    def spelling(self) -> str:
+        """Its name on the command line: ``w8a8``, ``w4a16-g128``, ``float``."""
+        if self.weight is None:
+            return "float"
+        name = f"w{self.weight.bits}a{self.act.bits if self.act else 16}" + ("-static" if self.static else "")
+        return name + (f"-g{self.weight.group}" if self.weight.group else "")
+
     def __str__(self) -> str:
         weight = f"W{self.weight.bits}" if self.weight else "W16"
         act = f"A{self.act.bits}" if self.act else "A16"
@@ -96,6 +104,12 @@ class Rule:
         if self.role is not None and name not in roles.get(self.role, frozenset()):
             return False
         return matches(name, self.include) and not matches(name, self.exclude)
+
+    def __str__(self) -> str:
+        """As a strategy is spelled on the command line: ``w4a4:*.up_proj|!*.0.*``."""
+        globs = "|".join((*self.include, *(f"!{glob}" for glob in self.exclude)))
+        named = self.scheme.spelling + (f" of {self.role}" if self.role else "")
+        return named if globs == "*" else f"{named}:{globs}"
 
 
 @dataclass(frozen=True)

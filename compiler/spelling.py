@@ -27,7 +27,7 @@ def passes_of(given: str | Iterable[str | Pass]) -> tuple[tuple[Pass, ...], tupl
             raise Refused(f"{item!r} is not a pass: give a name or an instance of qc.Pass")
         for text in split(item):
             expanded = one(text)
-            if len(expanded) != 1 or expanded[0].name != text.partition("{")[0].strip():
+            if expansion(text.partition("{")[0].strip(), expanded):
                 notes.append(f"{text} is {', '.join(str(p) for p in expanded)}")
             passes += expanded
     if not passes:
@@ -76,18 +76,29 @@ def one(text: str) -> tuple[Pass, ...]:
             raise Refused(f"--passes: {name!r} looks like a pass whose braces the shell has expanded: quote the list, "
                           "--passes \"iter_smooth{alpha=0.7, scale_min=1e-4},quarot\"")  # fmt: skip
         raise Refused(registry.unknown("pass", name, known))
+    make, fields = maker(name)
+    built = build(make, name, options, fields)
+    return built if isinstance(built, tuple) else (built,)
+
+
+def maker(name: str) -> tuple[Any, dict[str, Any]]:
+    """What makes the pass, or the passes of the preset, of a registered name; and the types of its options."""
     if name in registry.names("presets"):
         preset = registry.get("presets", name)
         parameters = inspect.signature(preset, eval_str=True).parameters.values()
-        return tuple(build(preset, name, options, [(p.name, p.annotation, p.default) for p in parameters]))
+        return preset, {p.name: p.annotation for p in parameters}
     cls = registry.get("passes", name)
     hints = typing.get_type_hints(cls)
-    return (build(cls, name, options, [(f.name, hints[f.name], f.default) for f in dataclasses.fields(cls)]),)
+    return cls, {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
-def build(make: Any, name: str, options: dict[str, str], fields: Sequence[tuple[str, Any, Any]]) -> Any:
+def expansion(name: str, passes: Sequence[Pass]) -> bool:
+    """Whether a name stands for other passes, which the plan then tells."""
+    return len(passes) != 1 or passes[0].name != name
+
+
+def build(make: Any, name: str, options: dict[str, str], kinds: dict[str, Any]) -> Any:
     """Call ``make`` with the options converted to the types of its fields; errors name pass, option and value."""
-    kinds = {field: kind for field, kind, _ in fields}
     values = {}
     for key, text in options.items():
         if key not in kinds:

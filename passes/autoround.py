@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.contract import LOSSY, Answer, BlockSize, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Quantize
 from ..compiler.pattern import Site
-from ..compiler.plan import unused_rules
 from ..compiler.program import Program
 from ..compiler.scheme import Rule
 from ..compiler.view import BlockView
@@ -19,7 +18,7 @@ from ..runtime.quantized import QuantizedLinear
 from .block_rounding import LEARNED_BITS, BlockRounding, Training
 from .linear_quant import swaps
 from .sites import block_linears
-from .strategies import own_scheme
+from .strategies import own_scheme, setting_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class AutoRound(Pass):
     before = {}
     after = {}
     claim = LOSSY
+    weight_methods = ("autoround",)
 
     iters: int = 50
     """Steps of SignSGD per block, one microbatch each."""
@@ -55,7 +55,7 @@ class AutoRound(Pass):
     quantized_input: bool = True
     """Train on what the quantized blocks before hand on; false is the reference tool's float chain."""
     strategies: tuple[str | Rule, ...] = ()
-    """Formats of its own instead of the plan's scheme: ``SCHEME:GLOB|GLOB``, the first that matches a linear wins."""
+    """Formats of its own instead of the plan's scheme: ``SCHEME:GLOB|!GLOB``, the first that matches a linear wins."""
     include: tuple[str, ...] = ("*",)
     """Globs of linears."""
     exclude: tuple[str, ...] = ()
@@ -102,10 +102,7 @@ class AutoRound(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""
-        problems: tuple[str, ...] = ()
-        if self.strategies:
-            setting = replace(setting, scheme=own_scheme(self.strategies))
-            problems = tuple(unused_rules(setting.scheme, program))
+        setting, problems = setting_of(self.strategies, program, setting)
         chosen, more = swaps(program, setting, self.include, self.exclude)
         parts = block_linears(program)
         by_block: dict[int, list[Edit]] = {}

@@ -10,12 +10,13 @@ from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Quantize, Slot, Statistic
 from ..compiler.pattern import Site
 from ..compiler.program import Program
-from ..compiler.scheme import LinearScheme, matches
+from ..compiler.scheme import LinearScheme, Rule, matches
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .minmax import input_range, minmax_weight
 from .sites import block_linears, width_in, width_out
+from .strategies import own_scheme, setting_of
 
 
 def swaps(
@@ -60,11 +61,17 @@ class LinearQuant(Pass):
     before = {}
     after = {}
     claim = LOSSY
+    weight_methods = ("minmax",)
 
+    strategies: tuple[str | Rule, ...] = ()
+    """Formats of its own instead of the plan's scheme: ``SCHEME:GLOB|!GLOB``, the first that matches a linear wins."""
     include: tuple[str, ...] = ("*",)
     """Globs of linears."""
     exclude: tuple[str, ...] = ()
     """Globs of linears that stay as they are."""
+
+    def __post_init__(self) -> None:
+        own_scheme(self.strategies)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""
@@ -72,12 +79,13 @@ class LinearQuant(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per linear that its scheme quantizes."""
-        chosen, problems = swaps(program, setting, self.include, self.exclude)
+        setting, problems = setting_of(self.strategies, program, setting)
+        chosen, more = swaps(program, setting, self.include, self.exclude)
         rewrites = tuple(
             Rewrite(self.name, "linear", name, (Edit(Verb.SWAP, Site(name), operand),), LOSSY)
             for name, operand in chosen.items()
         )
-        return Answer(rewrites, (), problems)
+        return Answer(rewrites, (), (*problems, *more))
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Slot, QuantizedLinear]:
         """Integers from the weight's range, and for static activations the range of the input."""

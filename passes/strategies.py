@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ..compiler import registry
-from ..compiler.scheme import FLOAT, Rule, Scheme
+from ..compiler.contract import Setting
+from ..compiler.plan import unused_rules
+from ..compiler.program import Program
+from ..compiler.scheme import FLOAT, Int, Rule, Scheme
 
 
 def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
-    """The rules that ``SCHEME:GLOB|GLOB`` items (no globs: every linear) and ready rules spell, in their order.
+    """The rules that ``SCHEME:GLOB|!GLOB`` items (no globs: every linear) and ready rules spell, in their order.
 
-    A linear that no item matches stays float, as in the recipe's ``strategies``.
+    A glob after ``!`` excludes. ``-gN`` after a scheme gives its weights groups of N input channels. A linear that no
+    item matches stays float, as in the recipe's ``strategies``.
 
     Raises:
         Refused: A scheme that is not registered.
@@ -22,8 +26,37 @@ def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
         if isinstance(item, Rule):
             rules.append(item)
             continue
-        name, _, globs = item.partition(":")
-        include = tuple(glob.strip() for glob in globs.split("|") if glob.strip()) or ("*",)
-        scheme: Scheme = registry.get("schemes", name.strip())
-        rules += [replace(rule, include=include) for rule in scheme.rules or (Rule(scheme=FLOAT),)]
+        name, _, text = item.partition(":")
+        globs = [glob.strip() for glob in text.split("|") if glob.strip()]
+        include = tuple(glob for glob in globs if not glob.startswith("!")) or ("*",)
+        exclude = tuple(glob[1:] for glob in globs if glob.startswith("!"))
+        scheme = named(name.strip())
+        rules += [
+            replace(rule, include=include, exclude=exclude) for rule in scheme.rules or (Rule(scheme=FLOAT),)
+        ]
     return Scheme("strategies", tuple(rules))
+
+
+def named(name: str) -> Scheme:
+    """A registered scheme, or one of them with groups: ``w4a16-g128``. Refused for an unknown name."""
+    base, _, size = name.rpartition("-g")
+    known = registry.names("schemes")
+    if name in known or base not in known or not size.isdecimal() or int(size) < 1:
+        return registry.get("schemes", name)
+    scheme: Scheme = registry.get("schemes", base)
+    rules = []
+    for rule in scheme.rules:
+        weight = rule.scheme.weight
+        grouped = weight and Int(weight.bits, "group", group=int(size), symmetric=weight.symmetric)
+        rules.append(replace(rule, scheme=replace(rule.scheme, weight=grouped)))
+    return Scheme(name, tuple(rules))
+
+
+def setting_of(
+    strategies: tuple[str | Rule, ...], program: Program, setting: Setting
+) -> tuple[Setting, tuple[str, ...]]:
+    """The setting with the formats of a pass's own strategies, if it has any, and their globs that match nothing."""
+    if not strategies:
+        return setting, ()
+    scheme = own_scheme(strategies)
+    return replace(setting, scheme=scheme), tuple(unused_rules(scheme, program))

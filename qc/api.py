@@ -9,11 +9,13 @@ from typing import Any
 from .compiler import compile as engine
 from .compiler.capture import capture
 from .compiler.contract import Pass
+from .compiler.errors import Refused
 from .compiler.evaluate import evaluate
 from .compiler.generate import generate
 from .compiler.load import load
 from .compiler.plan import Plan
 from .compiler.program import Program
+from .compiler.recipe import read_recipe
 from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
@@ -22,8 +24,8 @@ __all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show"]
 
 
 def plan(
-    model: engine.Model | Program, passes: str | Iterable[str | Pass], *,
-    scheme: str | Scheme = "auto", target: Any = "vllm-ascend", tp: int = 1, seed: int = 0,
+    model: engine.Model | Program, passes: str | Iterable[str | Pass] | None = None, *,
+    config: str | Path | None = None, scheme: str | Scheme | None = None, target: Any = None, tp: int = 1, seed: int = 0,
     trust_remote_code: bool = False,
 ) -> Plan:  # fmt: skip
     """What a compile would do, before any weight is read. ``print(plan)`` shows it; ``plan.problems`` lists why not.
@@ -31,8 +33,10 @@ def plan(
     Args:
         model: A checkpoint directory, a hub id, an ``nn.Module`` in memory, or what ``capture`` returned.
         passes: As on the command line (``"iter_smooth{alpha=0.7},quarot"``), or a list of names and passes.
-        scheme: The rule list of every quantizing pass: a name, or a ``Scheme``.
-        target: Who loads the result: a name, or a target.
+        config: In place of ``passes``, a recipe: a YAML file of ``apiversion: modelslim_v1``.
+        scheme: The rule list of every quantizing pass that has none of its own: a name, or a ``Scheme``. None is
+            ``auto``.
+        target: Who loads the result: a name, or a target. None is the recipe's, else ``vllm-ascend``.
         tp: Tensor-parallel ranks of the server.
         seed: Of everything random.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
@@ -40,12 +44,12 @@ def plan(
     options = engine.Options(
         scheme=scheme, target=target, tp=tp, seed=seed, trust_remote_code=trust_remote_code
     )
-    return engine.plan(model, passes, options)
+    return engine.plan(model, _asked(passes, config), options)
 
 
 def compile(
-    model: engine.Model | Program, passes: str | Iterable[str | Pass], *, out: str | Path,
-    scheme: str | Scheme = "auto", target: Any = "vllm-ascend", tp: int = 1,
+    model: engine.Model | Program, passes: str | Iterable[str | Pass] | None = None, *, out: str | Path,
+    config: str | Path | None = None, scheme: str | Scheme | None = None, target: Any = None, tp: int = 1,
     calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, seed: int = 0,
     device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
     tokenizer: Any = None, report: Callable[[Progress], None] = lambda progress: None,
@@ -56,10 +60,12 @@ def compile(
         model: As for ``plan``.
         passes: As for ``plan``.
         out: Directory to make.
+        config: As for ``plan``; what is given here goes before what it says.
         scheme: As for ``plan``.
         target: As for ``plan``.
         tp: As for ``plan``.
-        calib: Files of calibration text (.jsonl, .json, .txt); none takes a small text that ships with qc.
+        calib: Files of calibration text (.jsonl, .json, .txt); none takes the recipe's ``dataset``, else a
+            small text that ships with qc.
         samples: Calibration windows.
         length: Tokens per window.
         seed: Of everything random.
@@ -78,4 +84,16 @@ def compile(
         scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
         device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
     )  # fmt: skip
-    return engine.compile(model, passes, out, options, report)
+    return engine.compile(model, _asked(passes, config), out, options, report)
+
+
+def _asked(passes: str | Iterable[str | Pass] | None, config: str | Path | None) -> engine.Passes:
+    """The passes, or the recipe in their place."""
+    if (passes is None) == (config is None):
+        what = (
+            "passes and config are both given: give one of them"
+            if config is not None
+            else "no passes: give passes= or config="
+        )
+        raise Refused(what)
+    return read_recipe(config) if config is not None else passes or ""
