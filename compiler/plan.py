@@ -112,8 +112,7 @@ def make_plan(
     """
     chosen, notes = passes_of(passes)
     unread = unread_scheme(chosen, scheme)
-    scheme = scheme or (OF_THE_PASSES if all_have_formats(chosen) else "auto")
-    scheme = registry.get("schemes", scheme) if isinstance(scheme, str) else scheme
+    scheme = scheme_of(chosen, scheme)
     target = registry.get("targets", target) if isinstance(target, str) else target
     dtype = torch.bfloat16 if program.dtype in (torch.float32, torch.float64) else program.dtype
     roles = roles_of(program)
@@ -154,6 +153,13 @@ def all_have_formats(chosen: Iterable[Pass]) -> bool:
     """Whether there are quantizing passes and each has ``strategies``, so that none reads the plan's scheme."""
     quantizers = [one for one in chosen if Fact.QUANTIZED in one.provides]
     return bool(quantizers) and all(one.options().get("strategies") for one in quantizers)
+
+
+def scheme_of(chosen: Iterable[Pass], given: str | Scheme | None) -> Scheme:
+    """The scheme of a plan: a registered name or a scheme, or what stands for none."""
+    if given is None:
+        return OF_THE_PASSES if all_have_formats(chosen) else registry.get("schemes", "auto")
+    return registry.get("schemes", given) if isinstance(given, str) else given
 
 
 def unread_scheme(chosen: Iterable[Pass], scheme: str | Scheme | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -79,7 +80,7 @@ def _recipe(path: Path, root: Entry, reading: Reading) -> Recipe | None:
         return None
     top = dict(root.value)
     _api_version(top, root, reading)
-    if "metadata" in top:
+    if "metadata" in top and top["metadata"].value is not None:
         found = mapping(top["metadata"], METADATA, "metadata", reading) or {}
         if "label" in found:
             mapping(found["label"], LABELS, "the label", reading)
@@ -89,19 +90,17 @@ def _recipe(path: Path, root: Entry, reading: Reading) -> Recipe | None:
     spec = mapping(top["spec"], SPEC, "spec", reading)
     if spec is None:
         return None
-    process = spec.get("process")
-    if process is None or not isinstance(process.value, tuple) or not process.value:
-        line, kind = (
-            (process.line, f"this is {process.kind}") if process else (top["spec"].line, "there is none")
+    target, size = _save(spec.get("save"), reading)
+    dataset = _dataset(spec.get("dataset"), reading)
+    _not_yet(spec, reading)
+    process = spec.get("process", Entry(None, top["spec"].line, {}))
+    if not isinstance(process.value, tuple) or not process.value:
+        reading.fault(
+            process.line, f"process is a list of passes, '- type: NAME', not empty; this is {process.kind}"
         )
-        reading.fault(line, f"process is a list of passes, '- type: NAME', not empty; {kind}")
-    elif process is not None:
-        passes = [one for item in process.value for one in _item(item, reading)]
-        target, size = _save(spec.get("save"), reading)
-        dataset = _dataset(spec.get("dataset"), reading)
-        _not_yet(spec, reading)
-        return Recipe(path, tuple(passes), tuple(reading.notes), target, dataset, size)
-    return None
+        return None
+    passes = [one for item in process.value for one in _item(item, reading)]
+    return Recipe(path, tuple(passes), tuple(reading.notes), target, dataset, size)
 
 
 def _api_version(top: Mapping[str, Entry], root: Entry, reading: Reading) -> None:
@@ -217,6 +216,10 @@ def _value(entry: Entry, kind: Any, what: str, methods: Collection[str], reading
         reading.fault(entry.line, f"{what} is one value; this is {entry.kind}")
     elif kind is str and not isinstance(value, str):
         reading.fault(entry.line, f"{what} is text; this is {entry.kind}")
+    elif kind in (int, float) and isinstance(value, str) and re.match(r"[-+]?0[0-9_]", value):
+        reading.fault(
+            entry.line, f"{what} is {entry.kind}: with a leading zero, readers differ over its base"
+        )
     else:
         try:
             return convert(spell(value), kind)
@@ -232,10 +235,10 @@ def _save(entry: Entry | None, reading: Reading) -> tuple[str | None, int | None
     """The target and the file size that ``save`` asks for."""
     if entry is None or entry.value in (None, ()):
         return None, None
-    if not isinstance(entry.value, tuple) or len(entry.value) > 1:
+    if not isinstance(entry.value, tuple) or len(entry.value) != 1:
         reading.fault(entry.line, f"save is a list of one saver, '- type: {SAVER}'; this is {entry.kind}")
         return None, None
-    item = entry.value[0]
+    (item,) = entry.value
     kind = item.value.get("type") if isinstance(item.value, Mapping) else None
     if kind is None or not isinstance(kind.value, str):
         reading.fault(item.line, f"a saver is a mapping with type, '- type: {SAVER}'; this is {item.kind}")

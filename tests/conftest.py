@@ -61,3 +61,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def home(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Home]:
     """Family name to a tiny checkpoint with its program and calibration text; nothing writes there."""
     return homes(tmp_path_factory)
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a recipe into a directory of the test."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
