@@ -111,6 +111,8 @@ class Reader:
                 self.python(block, after if shown else None)
             elif block.language == "console" and REAL_MODEL not in block.text:
                 self.console(block)
+            elif block.language == "yaml" and (file := re.match(r"# (\w+\.yaml)\n", block.text)):
+                Path(file[1]).write_text(block.text, encoding="utf-8")
 
     def python(self, block: Block, shown: Block | None) -> None:
         """Run a block; one that begins with ``# name.py`` is kept as that file. A text block after it is its output."""

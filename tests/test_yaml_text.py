@@ -93,8 +93,9 @@ four: {"<<": 1}
     assert found["one"] == found["two"] == {"x": 1, "y": 5}
     assert found["three"] == {"w": {"x": 1, "y": 2}, "x": 1, "y": 3, "z": 4}
     assert found["four"] == {"<<": 1}
-    three = parse(text, "it").value["three"]  # type: ignore[index,call-overload]
-    assert (three.line, dict(three.lines)) == (7, {"<<": 7, "w": 8, "y": 3, "z": 3, "x": 2})
+    root = parse(text, "it").value
+    assert isinstance(root, dict)
+    assert (root["three"].line, dict(root["three"].lines)) == (7, {"<<": 7, "w": 8, "y": 3, "z": 3, "x": 2})
 
 
 REFUSED = {
