@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from wcmatch import fnmatch
+from wcmatch._wcparse import PatternLimitException
+
+from .errors import Refused
 
 Granularity = Literal["tensor", "channel", "token", "group"]
 GLOB_FLAGS = fnmatch.BRACE | fnmatch.CASE
@@ -82,9 +85,15 @@ W4A4 = LinearScheme(Int(4, "channel"), Int(4, "token"))
 
 def matches(name: str, globs: Iterable[str]) -> bool:
     """Whether a module name equals or globs one of the patterns: ``*`` spans dots, braces expand."""
-    return any(
-        name == glob or fnmatch.fnmatch(name, glob, flags=GLOB_FLAGS, limit=BRACE_LIMIT) for glob in globs
-    )
+    for glob in globs:
+        try:
+            if name == glob or fnmatch.fnmatch(name, glob, flags=GLOB_FLAGS, limit=BRACE_LIMIT):
+                return True
+        except PatternLimitException:
+            raise Refused(
+                f"the glob {glob[:60]!r} stands for more than {BRACE_LIMIT} globs: write fewer"
+            ) from None
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,8 @@ __all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show"]
 
 def plan(
     model: engine.Model | Program, passes: str | Iterable[str | Pass] | None = None, *,
-    config: str | Path | None = None, scheme: str | Scheme | None = None, target: Any = None, tp: int = 1, seed: int = 0,
-    trust_remote_code: bool = False,
+    config: str | Path | None = None, scheme: str | Scheme | None = None, target: Any = None,
+    tp: int = 1, seed: int = 0, trust_remote_code: bool = False,
 ) -> Plan:  # fmt: skip
     """What a compile would do, before any weight is read. ``print(plan)`` shows it; ``plan.problems`` lists why not.
 

@@ -196,6 +196,12 @@ spec:
     assert "scheme w8a8 is read by no pass" in given.problems[0]
 
 
+def test_a_glob_that_stands_for_too_many_is_refused(written: Written) -> None:
+    recipe = read_recipe(written(HEAD + "    - {type: linear_quant, include: ['*.{1..100000}']}"))
+    with pytest.raises(Refused, match="more than 10000 globs"):
+        plan(captured("llama-128"), recipe)
+
+
 def test_a_quantizer_without_formats_takes_the_scheme(written: Written) -> None:
     recipe = read_recipe(written(HEAD + "    - type: linear_quant"))
     found = plan(captured("llama-128"), recipe, Options(scheme="w8a16"))

@@ -18,8 +18,13 @@ from tests.recipes import HEAD, INT4_G64, INT8, NONE, QCONFIGS, STATIC, TOKEN, W
 # What is wrong is told with its line, all at once.
 
 REFUSED = {
-    "apiversion: modelslim_v2\nspec: {process: [{type: quarot}]}": ["line 1: unknown apiversion 'modelslim_v2'; did you mean modelslim_v1?"],
-    "apiversion: modelslim_v0\nspec: {process: [{type: quarot}]}": ["line 1", "modelslim_v0 is not supported: the reference"],
+    "apiversion: modelslim_v2\nspec: {process: [{type: quarot}]}": [
+        "line 1: unknown apiversion 'modelslim_v2'; did you mean modelslim_v1?"
+    ],
+    "apiversion: modelslim_v0\nspec: {process: [{type: quarot}]}": [
+        "line 1",
+        "modelslim_v0 is not supported: the reference",
+    ],
     "apiversion: 1\nspec: {process: [{type: quarot}]}": ["line 1", "this is the number 1"],
     "spec: {process: [{type: quarot}]}": ["no apiversion in this recipe: write modelslim_v1"],
     "apiverison: modelslim_v1\nspec: {process: [{type: quarot}]}": ["is 'apiverison' on line 1 meant?"],
@@ -28,50 +33,101 @@ REFUSED = {
     "quarot": ["this is the text 'quarot'"],
     "apiversion: modelslim_v1\nspec: [quarot]": ["line 2: spec is a mapping with process"],
     "apiversion: modelslim_v1\nspec: {}": ["line 2: process is a list of passes", "this is empty"],
-    "apiversion: modelslim_v1\nspec:\n  process: []": ["line 3: process is a list of passes", "this is a list"],
-    "apiversion: modelslim_v1\nspec:\n  proces: [{type: quarot}]": ["line 3: unknown key of spec 'proces'; did you mean process?"],
-    "apiversion: modelslim_v1\nmetadata: {scor: 3}\nspec: {process: [{type: quarot}]}": ["line 2", "did you mean score?"],
-    "apiversion: modelslim_v1\nmetadata: {label: {wbit: 3}}\nspec: {process: [{type: quarot}]}": ["did you mean w_bit"],
-    HEAD + "    - iter_smooth:\n        alpha: 0.5": ["line 4", "'- type: NAME' and its options indented below", "keys iter_smooth"],
+    "apiversion: modelslim_v1\nspec:\n  process: []": [
+        "line 3: process is a list of passes",
+        "this is a list",
+    ],
+    "apiversion: modelslim_v1\nspec:\n  proces: [{type: quarot}]": [
+        "line 3: unknown key of spec 'proces'; did you mean process?"
+    ],
+    "apiversion: modelslim_v1\nmetadata: {scor: 3}\nspec: {process: [{type: quarot}]}": [
+        "line 2",
+        "did you mean score?",
+    ],
+    "apiversion: modelslim_v1\nmetadata: {label: {wbit: 3}}\nspec: {process: [{type: quarot}]}": [
+        "did you mean w_bit"
+    ],
+    HEAD + "    - iter_smooth:\n        alpha: 0.5": [
+        "line 4",
+        "'- type: NAME' and its options indented below",
+        "keys iter_smooth",
+    ],
     HEAD + "    - quarot": ["line 4", "this is the text 'quarot'"],
     HEAD + "    - type: [quarot]": ["type is the name of a pass; this is a list"],
     HEAD + "    - type: iter_smoth": ["line 4: unknown pass 'iter_smoth'; did you mean iter_smooth"],
     HEAD + "    - type: flex_smoth_quant": ["did you mean flex_smooth_quant"],
-    HEAD + "    - type: flex_smooth_quant": ["line 4: flex_smooth_quant is not supported yet; there are autoround"],
-    HEAD + "    - type: iter_smooth\n      alhpa: 0.5": ["line 5: unknown option of iter_smooth 'alhpa'; did you mean alpha?"],
-    HEAD + "    - type: iter_smooth\n\n      alpha: 1.5": ["line 6: iter_smooth: alpha=1.5: it must be between 0 and 1"],
-    HEAD + "    - type: iter_smooth\n      alpha: high": ["line 5: iter_smooth: alpha is the text 'high': it is a number"],
+    HEAD + "    - type: flex_smooth_quant": [
+        "line 4: flex_smooth_quant is not supported yet; there are autoround"
+    ],
+    HEAD + "    - type: iter_smooth\n      alhpa: 0.5": [
+        "line 5: unknown option of iter_smooth 'alhpa'; did you mean alpha?"
+    ],
+    HEAD + "    - type: iter_smooth\n\n      alpha: 1.5": [
+        "line 6: iter_smooth: alpha=1.5: it must be between 0 and 1"
+    ],
+    HEAD + "    - type: iter_smooth\n      alpha: high": [
+        "line 5: iter_smooth: alpha is the text 'high': it is a number"
+    ],
     HEAD + "    - type: iter_smooth\n      alpha: true": ["alpha is true: it is a number"],
     HEAD + "    - type: iter_smooth\n      alpha: [0.5]": ["alpha is one value; this is a list"],
     HEAD + "    - type: iter_smooth\n      alpha:": ["alpha is one value; this is empty"],
     HEAD + "    - type: iter_smooth\n      alpha: .nan": ["between 0 and 1"],
     HEAD + "    - type: iter_smooth\n      symmetric: 1": ["symmetric is the number 1: it is true or false"],
-    HEAD + "    - type: iter_smooth\n      include: '*.v_proj'": ["include is a list, such as [a, b]; this is the text '*.v_proj'"],
-    HEAD + "    - type: iter_smooth\n      include: ['*', 3]": ["line 5: iter_smooth: include is text; this is the number 3"],
+    HEAD + "    - type: iter_smooth\n      include: '*.v_proj'": [
+        "include is a list, such as [a, b]; this is the text '*.v_proj'"
+    ],
+    HEAD + "    - type: iter_smooth\n      include: ['*', 3]": [
+        "line 5: iter_smooth: include is text; this is the number 3"
+    ],
     HEAD + "    - type: iter_smooth\n      include: []": ["include is an empty list"],
-    HEAD + "    - type: iter_smooth\n      enable_subgraph_type: [ov, qk]": ["line 5", "enable_subgraph_type=qk: types are up-down, ov"],
+    HEAD + "    - type: iter_smooth\n      enable_subgraph_type: [ov, qk]": [
+        "line 5",
+        "enable_subgraph_type=qk: types are up-down, ov",
+    ],
     HEAD + "    - type: iter_smooth\n      group_method: median": ["it is one of max, mean"],
     HEAD + "    - {type: fuse_norms, x: 1}": ["fuse_norms has no options"],
     HEAD + "    - {type: autoround, iters: 4e2}": ["iters is the number 400.0: it is a whole number"],
-    HEAD + "    - {type: autoround, iters: 010}": ["iters is the text '010': with a leading zero, readers differ"],
+    HEAD + "    - {type: autoround, iters: 010}": [
+        "iters is the text '010': with a leading zero, readers differ"
+    ],
     HEAD + "    - {type: autoround, iters: -1}": ["iters=-1: it must not be negative"],
     HEAD + "    - {type: autoround, strategies: []}": ["strategies is an empty list"],
     HEAD + "    - {type: autoround, strategies: [w4a5]}": ["line 4: autoround: unknown scheme 'w4a5'"],
     HEAD + "    - {type: autoround, strategies: [{include: ['*']}]}": ["a strategy has no qconfig"],
-    HEAD + "    - {type: autoround, strategies: [{qconfig: {weight: 3}, includ: ['*']}]}": ["did you mean include", "this is the number 3"],
+    HEAD + "    - {type: autoround, strategies: [{qconfig: {weight: 3}, includ: ['*']}]}": [
+        "did you mean include",
+        "this is the number 3",
+    ],
     HEAD + "    - {type: quarot, max_tp_size: 4}": ["line 4: quarot: max_tp_size is not supported yet"],
-    HEAD + "    - {type: quarot, block_size: 6}": ["line 4: quarot: block_size=6: it must be -1 or a power of 2"],
+    HEAD + "    - {type: quarot, block_size: 6}": [
+        "line 4: quarot: block_size=6: it must be -1 or a power of 2"
+    ],
     HEAD + "    - {type: online_quarot, block_size: -1}": ["online_quarot: block_size is not supported yet"],
-    HEAD + "    - type: quarot\n  save: [{type: ascendv1}]": ["line 5: unknown saver 'ascendv1'; did you mean ascendv1_saver?"],
-    HEAD + "    - type: quarot\n  save: [{type: compressed_tensors}]": ["compressed_tensors is not supported yet"],
-    HEAD + "    - type: quarot\n  save: {type: ascendv1_saver}": ["save is a list of one saver", "this is a mapping"],
-    HEAD + "    - type: quarot\n  save: [{type: ascendv1_saver, part_file_size: 4.5}]": ["part_file_size", "this is the number 4.5"],
-    HEAD + "    - type: quarot\n  save: [{type: ascendv1_saver, size: 4}]": ["unknown key of ascendv1_saver 'size'"],
+    HEAD + "    - type: quarot\n  save: [{type: ascendv1}]": [
+        "line 5: unknown saver 'ascendv1'; did you mean ascendv1_saver?"
+    ],
+    HEAD + "    - type: quarot\n  save: [{type: compressed_tensors}]": [
+        "compressed_tensors is not supported yet"
+    ],
+    HEAD + "    - type: quarot\n  save: {type: ascendv1_saver}": [
+        "save is a list of one saver",
+        "this is a mapping",
+    ],
+    HEAD + "    - type: quarot\n  save: [{type: ascendv1_saver, part_file_size: 4.5}]": [
+        "part_file_size",
+        "this is the number 4.5",
+    ],
+    HEAD + "    - type: quarot\n  save: [{type: ascendv1_saver, size: 4}]": [
+        "unknown key of ascendv1_saver 'size'"
+    ],
     HEAD + "    - type: quarot\n  prior: [{process: []}]": ["line 5: prior is not supported yet"],
     HEAD + "    - type: quarot\n  runner: model_wise": ["line 5: runner model_wise is not supported yet"],
     HEAD + "    - type: quarot\n  runner: layerwise": ["unknown runner 'layerwise'; did you mean layer_wise"],
-    HEAD + "    - type: quarot\n  dataset: [a.txt]": ["line 5: dataset is the name of a file", "this is a list"],
-}  # fmt: skip
+    HEAD + "    - type: quarot\n  dataset: [a.txt]": [
+        "line 5: dataset is the name of a file",
+        "this is a list",
+    ],
+}
 
 
 @pytest.mark.parametrize("text", REFUSED)
@@ -87,11 +143,11 @@ WRONG_QCONFIGS = {
     f"{{weight: {INT8}, activation: {TOKEN}}}": "unknown key of a qconfig 'activation'",
     "{weight: {dtype: int8, scope: per_channel}}": "the weight of a qconfig has no symmetric, method",
     f"{{weight: {INT8.replace('int8', 'int5')}}}": "unknown dtype 'int5'; did you mean int",
-    f"{{weight: {INT8.replace('int8', 'mxfp4')}}}": "dtype mxfp4 of the weight is not supported yet: there are float, int8, int4",
+    f"{{weight: {INT8.replace('int8', 'mxfp4')}}}": "dtype mxfp4 of the weight is not supported yet: there are float",
     f"{{weight: {INT8.replace('minmax', 'ssz')}}}": "method ssz of the weight is not supported here: there is minmax",
     f"{{weight: {INT8.replace('minmax', 'autoround')}}}": "method autoround of the weight is not supported here",
-    f"{{weight: {INT8.replace('per_channel', 'per_block')}}}": "scope per_block with symmetric true of the weight is not supported yet",
-    f"{{weight: {INT8.replace('true', 'false')}}}": "scope per_channel with symmetric false of the weight is not supported yet",
+    f"{{weight: {INT8.replace('per_channel', 'per_block')}}}": "scope per_block with symmetric true of the weight",
+    f"{{weight: {INT8.replace('true', 'false')}}}": "scope per_channel with symmetric false of the weight",
     f"{{weight: {INT8.replace('true', '1')}}}": "symmetric is true or false, this is the number 1",
     f"{{weight: {INT8.replace('per_channel', 'per_group')}}}": "scope per_group needs ext.group_size",
     f"{{weight: {INT8.replace('minmax', 'minmax, ext: {group_size: 64}')}}}": "group_size belongs to scope per_group",
@@ -99,12 +155,12 @@ WRONG_QCONFIGS = {
     f"{{weight: {INT4_G64.replace('64', 'true')}}}": "group_size is a positive whole number, this is true",
     f"{{weight: {INT4_G64.replace('group_size', 'groupsize')}}}": "did you mean group_size?",
     f"{{weight: {INT8}, act: {TOKEN.replace('minmax', 'histogram')}}}": "method histogram of the act",
-    f"{{weight: {INT8}, act: {STATIC.replace('false', 'true')}}}": "scope per_tensor with symmetric true of the act is not supported yet",
+    f"{{weight: {INT8}, act: {STATIC.replace('false', 'true')}}}": "scope per_tensor with symmetric true of the act",
     f"{{weight: {INT8}, act: {TOKEN.replace('per_token', 'pd_mix')}}}": "scope pd_mix",
-    f"{{weight: {INT4_G64}, act: {STATIC}}}": "weight int4 per_group, group_size 64 with act int8 per_tensor, symmetric false is not supported yet",
-    f"{{weight: {INT8}, act: {TOKEN.replace('int8', 'int4')}}}": "There are weight int8 per_channel with act float; weight int8 per_channel with act int8 per_token",
+    f"{{weight: {INT4_G64}, act: {STATIC}}}": "group_size 64 with act int8 per_tensor, symmetric false is not supported yet",
+    f"{{weight: {INT8}, act: {TOKEN.replace('int8', 'int4')}}}": "There are weight int8 per_channel with act float; weight int8",
     f"{{weight: {NONE}, act: {TOKEN}}}": "weight float with act int8",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("qconfig", WRONG_QCONFIGS)
