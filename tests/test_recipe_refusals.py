@@ -66,13 +66,15 @@ REFUSED = {
         "line 6: iter_smooth: alpha=1.5: it must be between 0 and 1"
     ],
     HEAD + "    - type: iter_smooth\n      alpha: high": [
-        "line 5: iter_smooth: alpha is the text 'high': it is a number"
+        "line 5: iter_smooth: alpha is the text 'high': it must be a number"
     ],
-    HEAD + "    - type: iter_smooth\n      alpha: true": ["alpha is true: it is a number"],
+    HEAD + "    - type: iter_smooth\n      alpha: true": ["alpha is true: it must be a number"],
     HEAD + "    - type: iter_smooth\n      alpha: [0.5]": ["alpha is one value; this is a list"],
     HEAD + "    - type: iter_smooth\n      alpha:": ["alpha is one value; this is empty"],
     HEAD + "    - type: iter_smooth\n      alpha: .nan": ["between 0 and 1"],
-    HEAD + "    - type: iter_smooth\n      symmetric: 1": ["symmetric is the number 1: it is true or false"],
+    HEAD + "    - type: iter_smooth\n      symmetric: 1": [
+        "symmetric is the number 1: it must be true or false"
+    ],
     HEAD + "    - type: iter_smooth\n      include: '*.v_proj'": [
         "include is a list, such as [a, b]; this is the text '*.v_proj'"
     ],
@@ -84,9 +86,9 @@ REFUSED = {
         "line 5",
         "enable_subgraph_type=qk: types are up-down, ov",
     ],
-    HEAD + "    - type: iter_smooth\n      group_method: median": ["it is one of max, mean"],
+    HEAD + "    - type: iter_smooth\n      group_method: median": ["one of max, mean"],
     HEAD + "    - {type: fuse_norms, x: 1}": ["fuse_norms has no options"],
-    HEAD + "    - {type: autoround, iters: 4e2}": ["iters is the number 400.0: it is a whole number"],
+    HEAD + "    - {type: autoround, iters: 4e2}": ["iters is the number 400.0: it must be a whole number"],
     HEAD + "    - {type: autoround, iters: 010}": [
         "iters is the text '010': with a leading zero, readers differ"
     ],
@@ -157,8 +159,8 @@ WRONG_QCONFIGS = {
     f"{{weight: {INT8}, act: {TOKEN.replace('minmax', 'histogram')}}}": "method histogram of the act",
     f"{{weight: {INT8}, act: {STATIC.replace('false', 'true')}}}": "scope per_tensor with symmetric true of the act",
     f"{{weight: {INT8}, act: {TOKEN.replace('per_token', 'pd_mix')}}}": "scope pd_mix",
-    f"{{weight: {INT4_G64}, act: {STATIC}}}": "group_size 64 with act int8 per_tensor, symmetric false is not supported yet",
-    f"{{weight: {INT8}, act: {TOKEN.replace('int8', 'int4')}}}": "There are weight int8 per_channel with act float; weight int8",
+    f"{{weight: {INT4_G64}, act: {STATIC}}}": "group_size 64 with act int8 per_tensor, symmetric false is",
+    f"{{weight: {INT8}, act: {TOKEN.replace('int8', 'int4')}}}": "There are weight int8 per_channel with act float",
     f"{{weight: {NONE}, act: {TOKEN}}}": "weight float with act int8",
 }
 
