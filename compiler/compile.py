@@ -186,7 +186,7 @@ def compile(
 
 def _work(
     planned: Plan, data: Calibration | None, proved: Any, output: Output, options: Options,
-    report: Callable[[Progress], None], begun: tuple[float, float],
+    report: Callable[[Progress], None], begun: tuple[float, int | None],
 ) -> Journal:  # fmt: skip
     """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
     layout, (started, estimate) = planned.layout, begun
