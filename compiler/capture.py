@@ -18,13 +18,14 @@ from .capture_experts import register as register_experts
 from .capture_model import Subject, constants, subject, ties
 from .certify import certified
 from .errors import Refused
+from .expert_weights import checkpoint, split_state
 from .export_module import export_graph
 from .fold import fold
+from .joins import undo_joins
 from .program import Program, WeightSource
 from .shards import nothing
 from .source import InMemory, ShapesOnly
 from .templates import expand, marked
-from .weights import Checkpoint
 
 EXAMPLE = (2, 7)
 """Batch and length of the example on which a model is traced; both stay open."""
@@ -134,13 +135,13 @@ def capture_subject(
 def _source(what: Subject, owner: nn.Module, names: dict[str, str]) -> tuple[WeightSource, dict[str, str]]:
     """Where the weights are, and which names share them."""
     if what.module is not None:
-        return InMemory(what.module.state_dict(keep_vars=True)), names
+        return InMemory(split_state(what.module.state_dict(keep_vars=True), owner)), names
     if what.path is None:
         return ShapesOnly(owner), names
     if not _has_weights(what.path):
         return ShapesOnly(owner, nothing(what.path)), names
-    checkpoint = Checkpoint(what.path, owner)
-    return checkpoint, dict(checkpoint.ties)
+    source = checkpoint(what.path, owner)
+    return source, dict(source.ties)
 
 
 def _has_weights(path: Path) -> bool:
@@ -188,11 +189,14 @@ def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[fx.G
         with marked(owner) as stack:
             exported = _exported(owner, example)
         graph, made = canonical(exported, "model.", owner)
+        undo_joins(graph)
         return (expand(graph, stack, owner) if stack else graph), made
     except Refused:
         raise
     except Exception:  # marks change what runs: whatever stops them, the model by itself decides
-        return canonical(_exported(owner, example), "model.", owner)
+        graph, made = canonical(_exported(owner, example), "model.", owner)
+        undo_joins(graph)
+        return graph, made
 
 
 def _exported(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphModule:

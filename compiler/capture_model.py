@@ -34,8 +34,8 @@ class Subject:
     stored: torch.dtype | None = None
     """The dtype of the weights where a config says so and it is not the dtype of capture."""
 
-    def on_meta(self, attention: str | None) -> nn.Module:
-        """The model on meta in evaluation mode, with the attention implementation asked for."""
+    def on_meta(self, attention: str | None, experts: str | None = NAME) -> nn.Module:
+        """The model on meta in evaluation mode, with the implementations of attention and experts asked for."""
         if self.module is not None:
             model = _copy_on_meta(self.module, self.dtype)
             if isinstance(model, PreTrainedModel) and attention is not None:
@@ -51,7 +51,8 @@ class Subject:
                     attn_implementation=attention,
                     trust_remote_code=self.trust_remote_code,
                 )
-        use_experts(model, NAME)
+        if experts is not None:
+            use_experts(model, experts)
         return model.eval()
 
 

@@ -127,6 +127,9 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    command.add_argument(
+        "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
@@ -141,6 +144,7 @@ def options_of(args: argparse.Namespace) -> Any:
         scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
+        calibrate_all_experts=args.calibrate_all_experts,
     )  # fmt: skip
 
 
@@ -164,6 +168,13 @@ def run_compile(args: argparse.Namespace) -> None:
     if data is not None:
         fewer = f", fewer than the {options.samples} asked for" if len(data.tokens) < options.samples else ""
         print(f"calibrated on {data}{fewer}")
+    if journal.idle_experts:
+        first, count = journal.idle_experts[0], len(journal.idle_experts)
+        print(
+            f"{count} experts saw no calibration token, {first} first: their activation statistics are those of the"
+            " other experts of the layer, their weights are rounded to nearest. More --samples, or"
+            " --calibrate-all-experts"
+        )
     if journal.proofs:
         print(f"{journal.proofs} rewrites proved, largest error {journal.worst:.1g} (relative, float64)")
     print(f"wrote {result.path}")

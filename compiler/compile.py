@@ -74,6 +74,8 @@ class Options:
     """Used instead of the checkpoint's own, for models in memory."""
     part_file_size: int = 4
     """Largest file of weights in GiB."""
+    calibrate_all_experts: bool = False
+    """Every expert sees every calibration token, instead of those that are routed to it."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
@@ -116,6 +118,7 @@ def plan(model: Model | Program, passes: Passes, options: Options | None = None)
     planned = make_plan(
         program, passes.passes if isinstance(passes, Recipe) else passes,
         scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
+        calibrate_all_experts=options.calibrate_all_experts,
         run=Run(options.samples, options.length, _compute(program, options), tuple(map(str, options.calib))),
     )  # fmt: skip
     return replace(planned, notes=(*origin(passes, given), *planned.notes))

@@ -10,10 +10,15 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from .errors import Failed, Refused
+from .experts import COMBINED
 from .interpret import Semantics, call, interpret
 from .program import Leaf, Part, Program
 
 Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
+
+
+Route = Callable[[str, Tensor, int], Tensor]
+"""``route(node, index [n, k], experts)``: the experts [n, k] of each row instead of those in ``index``."""
 
 
 class LinearHook(Protocol):
@@ -118,6 +123,10 @@ class _Run:
             weight = self.raw(f"{name}.weight")
             bias = self.raw(f"{name}.bias") if has_bias else None
             return self.linear(name, x, weight.t() if leaf.transposed else weight, bias)
+        if leaf.casts:
+            held = {local: self.raw(f"{name}.{local}") for local in leaf.parameters}
+            tensors = {local: self.semantics.tensor(t, self.program.dtype) for local, t in held.items()}
+            return interpret(leaf.graph, (x,), tensors, self.semantics)
         weight = self.semantics.tensor(self.raw(f"{name}.weight"), self.program.dtype)
         bias = self.semantics.tensor(self.raw(f"{name}.bias"), self.program.dtype) if has_bias else None
         if not leaf.transposed:
@@ -136,6 +145,7 @@ def execute(
     dtype: torch.dtype,
     linear: LinearHook | None = None,
     on_value: Observer | None = None,
+    route: Route | None = None,
 ) -> dict[fx.Node, Any]:
     """Run nodes in order and return the values that others read.
 
@@ -152,6 +162,7 @@ def execute(
             modules, so that results are those of the model bit for bit.
         linear: Runs in the place of every linear leaf (fake quantization, training).
         on_value: Called after each node with the node, the values of ``node.all_input_nodes`` and its value.
+        route: Says which rows go to which expert, given what the router says.
 
     Returns:
         The value of each node that another node outside reads (of the epilogue: the logits). All other
@@ -166,6 +177,7 @@ def execute(
     kept = set(outputs_of(program, nodes))
     last = {source: node for node in nodes for source in node.all_input_nodes}
     local: dict[fx.Node, Any] = dict(env)
+    chosen = _choices(nodes) if route is not None else {}
     for node in nodes:
         if node.op == "output" or (node.op == "placeholder" and node in local):
             continue
@@ -175,12 +187,26 @@ def execute(
         if missing:
             raise Failed(f"{node.name} needs the value of {missing[0].name}, which was not given")
         local[node] = _value(run, node, local)
+        if route is not None and node in chosen:
+            local[node] = route(node.name, local[node], chosen[node])
         if on_value is not None:
             on_value(node, tuple(local[s] for s in node.all_input_nodes), local[node])
         for source in node.all_input_nodes:
             if last[source] is node and source not in kept:
                 del local[source]
     return {node: local[node] for node in nodes if node in kept}
+
+
+def _choices(nodes: list[fx.Node]) -> dict[fx.Node, int]:
+    """The values that say which rows go to which expert, with the number of experts."""
+    combined = [node for node in nodes if node.target is COMBINED]
+    return {node.args[0]: len(node.args[2]) for node in combined}  # type: ignore[misc, arg-type]
+
+
+def in_turn(name: str, index: Tensor, experts: int) -> Tensor:
+    """A ``Route`` that takes all experts in turn, so that each is run."""
+    turn = torch.arange(index.numel(), device=index.device).view(index.shape)
+    return turn.remainder(experts).to(index.dtype)
 
 
 def _look_up(name: str, index: Tensor, table: Tensor) -> Tensor:

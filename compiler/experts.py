@@ -1,69 +1,91 @@
-"""``qc::experts``: one op for a layer of gated experts, so that its two stacks of weights stay plain operands."""
+"""``qc::routed`` and ``qc::combined``: what stands before and behind the experts of a mixture.
+
+Between them every expert is a handful of ordinary linears, so that laws, patterns, edits, statistics and
+quantizers need to know nothing of mixtures.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
-"""The activations that an expert's gate may have, by the name that the op carries."""
 
 
-def mix(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
-    """What ``qc::experts`` computes, differentiable: expert after expert, each on the tokens routed to it."""
-    out = torch.zeros_like(x)
-    for expert in range(gate_up.shape[0]):
-        token, place = torch.where(index == expert)
-        if token.numel() == 0:
+@torch.library.custom_op("qc::routed", mutates_args=())
+def routed(x: Tensor, index: Tensor, expert: int, every: bool = False) -> Tensor:
+    """The rows of x [n, h] that are sent to one expert, [rows, h] in the order of x; all of them if ``every``.
+
+    ``index`` [n, k] int64 names the experts of a row; one that is not there (a sentinel beyond the last) gets
+    no rows. The number of rows depends on values; in a graph they are counted as the n that they may be.
+    """
+    return x.clone() if every else x[(index == expert).any(-1)]
+
+
+@routed.register_fake
+def _(x, index, expert, every=False):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("qc::combined", mutates_args=())
+def combined(index: Tensor, weight: Tensor, ys: Sequence[Tensor]) -> Tensor:
+    """The sum of what the experts made of their rows, each times its weight; returns [n, h].
+
+    ``index`` [n, k] and ``weight`` [n, k] are those of the router. ``ys[e]`` holds the rows [rows, h] of
+    expert e as ``routed`` gave them, or all n rows, of which those that were sent there count.
+    """
+    return mixed(index, weight, ys)
+
+
+def mixed(index: Tensor, weight: Tensor, ys: Sequence[Tensor]) -> Tensor:
+    """What ``qc::combined`` computes, differentiable."""
+    out = ys[0].new_zeros((index.shape[0], ys[0].shape[-1]))
+    for expert, y in enumerate(ys):
+        row, place = torch.where(index == expert)
+        if row.numel() == 0:
             continue
-        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        y = F.linear(ACTIVATIONS[activation](gate) * up, down[expert])
-        out = out.index_add(0, token, (y * weight[token, place, None]).to(out.dtype))
+        if y.shape[0] == index.shape[0]:
+            y = y[row]
+        out = out.index_add(0, row, (y * weight[row, place, None]).to(out.dtype))
     return out
 
 
-@torch.library.custom_op("qc::experts", mutates_args=())
-def experts(
-    x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, activation: str
-) -> Tensor:
-    """The weighted sum over the experts that each token of x [n, h] was routed to; returns [n, h].
-
-    ``index`` [n, k] int64 names the experts of a token (one beyond the last is none) and ``weight`` [n, k] says how
-    much of each. Expert e is ``down[e] @ (act(gate) * up)`` with ``gate, up = gate_up[e] @ x``; ``gate_up`` is
-    [experts, 2 * inner, h], ``down`` [experts, h, inner], ``activation`` a name of ``ACTIVATIONS``.
-    """
-    return mix(x, index, weight, gate_up, down, activation)
+@combined.register_fake
+def _(index, weight, ys):
+    return ys[0].new_empty((index.shape[0], ys[0].shape[-1]))
 
 
-@experts.register_fake
-def _(x, index, weight, gate_up, down, activation):
-    return x.new_empty(x.shape)
+def _save_routed(ctx, inputs, output) -> None:
+    x, index, ctx.expert, ctx.every = inputs
+    ctx.save_for_backward(index)
+    ctx.shape = x.shape
 
 
-def _save(ctx, inputs, output) -> None:
-    x, index, weight, gate_up, down, activation = inputs
-    ctx.save_for_backward(x, index, weight, gate_up, down)
-    ctx.activation = activation
+def _routed_backward(ctx, grad: Tensor):
+    (index,) = ctx.saved_tensors
+    if ctx.every:
+        return grad.clone(), None, None, None
+    dx = grad.new_zeros(ctx.shape)
+    dx[(index == ctx.expert).any(-1)] = grad
+    return dx, None, None, None
 
 
-def _backward(ctx, grad: Tensor):
-    x, index, weight, gate_up, down = ctx.saved_tensors
-    x, weight, gate_up, down = (t.detach().requires_grad_() for t in (x, weight, gate_up, down))
+def _save_combined(ctx, inputs, output) -> None:
+    index, weight, ys = inputs
+    ctx.save_for_backward(index, weight, *ys)
+
+
+def _combined_backward(ctx, grad: Tensor):
+    index, weight, *ys = ctx.saved_tensors
+    weight, *ys = (t.detach().requires_grad_() for t in (weight, *ys))
     with torch.enable_grad():
-        out = mix(x, index, weight, gate_up, down, ctx.activation)
-    dx, dweight, dgate_up, ddown = torch.autograd.grad(
-        out, (x, weight, gate_up, down), grad, materialize_grads=True
-    )
-    return dx, None, dweight, dgate_up, ddown, None
+        out = mixed(index, weight, ys)
+    dweight, *dys = torch.autograd.grad(out, (weight, *ys), grad, materialize_grads=True, allow_unused=True)
+    return None, dweight, dys
 
 
-experts.register_autograd(_backward, setup_context=_save)
+routed.register_autograd(_routed_backward, setup_context=_save_routed)
+combined.register_autograd(_combined_backward, setup_context=_save_combined)
+
+ROUTED = torch.ops.qc.routed.default
+COMBINED = torch.ops.qc.combined.default

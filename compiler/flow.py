@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import fx
 
 from .canon import symbolic
+from .experts import ROUTED
 from .laws import EVERYTHING, LAYOUT, Blocks, Map, is_attention, law, operands, shape
 from .program import Program
 
 aten = torch.ops.aten
 
-COPY_OPS = frozenset(EVERYTHING) | frozenset(LAYOUT)
+COPY_OPS = frozenset(EVERYTHING) | frozenset(LAYOUT) | {ROUTED}
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ def heads_first(node: fx.Node) -> bool:
     return not str(node.target).startswith("qc.")
 
 
-def copies(start: fx.Node) -> Iterator[tuple[fx.Node, Any]]:
-    """A value and its copies, casts and views, each with the labels of the channels of ``start``."""
-    labels: dict[fx.Node, Any] = {start: channel_labels(start)}
+def copies(start: fx.Node, channels: torch.Tensor | None = None) -> Iterator[tuple[fx.Node, Any]]:
+    """A value and its copies, casts and views, each with the labels of the channels of ``start``.
+
+    ``channels`` are labels of the shape of ``start``; by default those of ``channel_labels``.
+    """
+    labels: dict[fx.Node, Any] = {start: channel_labels(start) if channels is None else channels}
     queue = [start]
     while queue:
         node = queue.pop(0)
@@ -216,8 +221,14 @@ def streams(program: Program, writer: fx.Node) -> tuple[Stream, ...]:
     return known[writer]
 
 
+@lru_cache(maxsize=64)
+def in_order(width: int) -> tuple[int, ...]:
+    """All channels of a value; one tuple for all values of a width, of which deep models have thousands."""
+    return tuple(range(width))
+
+
 def _streams(writer: fx.Node) -> tuple[Stream, ...]:
-    found = [Stream(writer, writer, tuple(range(shape(writer)[-1])))]
+    found = [Stream(writer, writer, in_order(shape(writer)[-1]))]
     whole = channel_labels(writer).numel()
     for node, labels in copies(writer):
         if node.target in CUTS and isinstance(labels, torch.Tensor) and 0 < labels.numel() < whole:

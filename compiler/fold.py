@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .canon import aten, canonical, hint, sweep, symbolic, text_of
+from .canon import aten, canonical, cast_dtype, hint, sweep, symbolic, text_of
 from .export_module import export_graph
 from .probe import kind_of
 from .program import Leaf
@@ -41,14 +41,15 @@ class Stretch:
         """The leaf that the call runs, or None where the module exported alone is something else."""
         if not self.certain and not retraces(module, self.graph):
             return None
-        parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        parameters = {name: tuple(p.shape) for name, p in module.named_parameters() if name in used}
         kind, norm, transposed = kind_of(self.graph, parameters)
         return Leaf(kind, self.graph, parameters, norm, transposed)
 
 
 def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
-    """What of a leaf's nodes can fold: all of them, or the lookup of a table that computes more."""
-    core = _embedding_core(nodes, names)
+    """What of a leaf's nodes can fold: all of them, or the lookup or linear of one that computes more."""
+    core = _embedding_core(nodes, names) or _linear_core(nodes, names)
     boundary = _boundary(core or nodes, names)
     if boundary is None or len(boundary[0]) != 1 or len(boundary[1]) != 1:
         return None
@@ -220,6 +221,22 @@ def _embedding_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.N
     table = lookups[0].args[0]
     own = isinstance(table, fx.Node) and table.op == "get_attr" and names.get(str(table.target)) == "weight"
     return lookups if own else None
+
+
+def _linear_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.Node] | None:
+    """The linear alone, with the casts of its weight, for a leaf that computes more (a router of experts)."""
+    linears = [n for n in nodes if n.target is aten.linear.default]
+    if len(linears) != 1 or sum(not symbolic(n) for n in nodes) == 1:
+        return None
+    core = [linears[0]]
+    for role, operand in zip(("weight", "bias"), linears[0].args[1:], strict=False):
+        while isinstance(operand, fx.Node) and cast_dtype(operand) is not None:
+            core.insert(0, operand)
+            operand = operand.args[0]
+        own = isinstance(operand, fx.Node) and operand.op == "get_attr"
+        if operand is not None and not (own and names.get(str(operand.target)) == role):
+            return None
+    return core
 
 
 def replace_by_call(graph: fx.Graph, stretch: Stretch, name: str, call: str) -> None:

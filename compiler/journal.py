@@ -43,6 +43,11 @@ class Journal:
             {"part": part, "sqnr_db": {name: round(value, 2) for name, value in sqnr.items()}}
         )
 
+    def idle(self, part: str, experts: Sequence[str], of: int) -> None:
+        """Experts of a part that no calibration token was sent to, out of so many; nothing where there are none."""
+        if experts:
+            self.entries.append({"part": part, "experts_without_tokens": list(experts), "of": of})
+
     def stored(self, part: str, error: float) -> None:
         """Relative error of a part with all EXACT rewrites, once its tensors are cast to the dtype of export."""
         self.entries.append({"part": part, "stored": _short(error)})
@@ -64,6 +69,11 @@ class Journal:
     def proofs(self) -> int:
         """Number of certificates."""
         return sum("certificate" in entry for entry in self.entries)
+
+    @property
+    def idle_experts(self) -> list[str]:
+        """Experts that no calibration token was sent to."""
+        return [name for entry in self.entries for name in entry.get("experts_without_tokens", ())]
 
     def save(self, directory: Path) -> None:
         """Write it as JSON lines."""

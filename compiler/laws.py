@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .experts import COMBINED, ROUTED
 from .program import Program
 
 aten = torch.ops.aten
@@ -147,6 +148,20 @@ def attention(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> P
     return Passes() if what is not Map.ROTATION else Blocks("attention keeps heads apart")
 
 
+def routed(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """Rows that are sent to one expert keep their channels."""
+    return Passes() if node.args[0] is operand else Blocks("it says which rows go to which expert")
+
+
+def combined(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """A sum over experts, each times one number per row: every expert must carry the map."""
+    ys = node.args[2]
+    assert isinstance(ys, list | tuple)
+    if operand not in ys:
+        return Blocks("it says how much each expert counts")
+    return Passes(joins=tuple(y for y in ys if isinstance(y, fx.Node) and y is not operand))
+
+
 ROW_LAYOUT = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.index.Tensor)
 """Layout ops that, with the width unchanged, act on the rows."""
 
@@ -174,6 +189,8 @@ LAWS: Mapping[Any, Law] = {
     aten.div.Tensor: div,
     aten.div.Scalar: div,
     aten.relu.default: relu,
+    ROUTED: routed,
+    COMBINED: combined,
 }
 """The law of each op that lets anything through. An op that is not here lets nothing through."""
 

@@ -13,13 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 
 from ..runtime.formats import FORMATS
 from ..runtime.linear import IntegerLinear
 from ..runtime.norm import RMSNormBias
+from .capture_attention import NAME
+from .capture_experts import register as register_experts
+from .capture_experts import stacks_of, use_experts
 from .capture_model import constants, is_hub_id, subject
 from .errors import Refused
+from .expert_weights import place_of
 from .safetensors_io import Entry
 from .shards import find_shards, read_json
 from .weights import Checkpoint
@@ -45,18 +54,20 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         Refused: No such directory; a tensor that is missing, unknown, of another shape or dtype; a type that
             is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own.
     """
+    register_experts()
     given = subject(path, config=None, trust_remote_code=False)
     path = given.path or Path(path)
     stored = _dtype(given.config)
     chosen = replace(given, dtype=dtype or stored, stored=None)
-    model = chosen.on_meta(None)
+    model = chosen.on_meta(None, experts=None)
     if not isinstance(model, PreTrainedModel):
         raise Refused(f"{path}: {type(model).__name__} is no transformers model")
     buffers = constants(model, chosen)
     quantized = (path / DESCRIPTION).is_file()
     if quantized:
-        _install(model, path, stored, dtype or stored)
-    source = Checkpoint(path, model)
+        source: Checkpoint = QuantizedCheckpoint(path, model, _install(model, path, stored, dtype or stored))
+    else:
+        source = Checkpoint(path, model)
     if quantized and source.unused:
         raise Refused(
             f"{path}: {len(source.unused)} tensors belong to no part of the model that config.json describes,"
@@ -70,6 +81,18 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.requires_grad_(False).eval()
+
+
+class QuantizedCheckpoint(Checkpoint):
+    """A checkpoint whose tensors are those of integer linears: ``name_of`` says to which parameter one belongs."""
+
+    def __init__(self, path: Path, model: nn.Module, name_of: Callable[[str], str]) -> None:
+        self._name_of = name_of
+        super().__init__(path, model)
+
+    def _parameter(self, disk: str, *table: Any) -> tuple[str, str | None]:
+        name = self._name_of(disk)
+        return (name, None) if name in self._expected else super()._parameter(disk, *table)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -112,8 +135,10 @@ def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> di
     return result
 
 
-def _install(model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
-    """Put the modules on meta that the description and the tensors on disk call for."""
+def _install(
+    model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: torch.dtype
+) -> Callable[[str], str]:
+    """Put the modules on meta that the files call for; returns how a tensor on disk is named in the model."""
     description = read_json(path / DESCRIPTION)
     entries = find_shards(path).entries
     name_of = _renaming(model)
@@ -123,6 +148,10 @@ def _install(model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: tor
     for disk in entries:
         if disk.endswith(".weight") and disk.removesuffix(".weight") not in types:
             raise Refused(f"{path / DESCRIPTION}: no entry for {disk}, so its type is not known")
+    inside = {name for name, module in model.named_modules() if stacks_of(module)}
+    integers = (name_of(f"{prefix}.weight") for prefix, kind in types.items() if kind != FLOAT)
+    if any(name.rsplit(".", 3)[0] in inside for name in integers):
+        use_experts(model, NAME)
     for prefix, kind in types.items():
         if kind == FLOAT:
             continue
@@ -138,18 +167,28 @@ def _install(model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: tor
         name = name_of(disk)
         if disk.endswith(".bias") and name not in expected:
             _give_bias(model, name.removesuffix(".bias"), dtype, f"{path}: {disk}")
+    return name_of
 
 
 def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """Names on disk to names in the model, as transformers renames them."""
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-    expected = model.state_dict()
+    """Names on disk to names in the model, as transformers renames them; those of an expert to its own linears."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    patterns = {pattern: list(c.source_patterns) for c in converters for pattern in c.source_patterns}
+    expected, prefix = model.state_dict(), model.base_model_prefix or None
+    stacks = {f"{n}.{s.name}": (n, s) for n, module in model.named_modules() for s in stacks_of(module)}
 
     def name_of(disk: str) -> str:
         module, _, leaf = disk.rpartition(".")
-        name, _ = rename_source_key(
-            f"{module}.weight", renamings, [], model.base_model_prefix or None, expected
-        )
+        whole, pattern = rename_source_key(f"{module}.weight", renamings, converters, prefix, expected)
+        if pattern is not None and whole in stacks:
+            experts, stack = stacks[whole]
+            renamed = apply_renamings(f"{module}.weight", renamings)  # type: ignore[arg-type]
+            place = place_of(stack, patterns[pattern], pattern, renamed)
+            if place is not None:
+                return f"{experts}.{place[0]}.{place[1]}.{leaf}"
+        name, _ = rename_source_key(f"{module}.weight", renamings, [], prefix, expected)
         return name.removesuffix("weight") + leaf
 
     return name_of

@@ -13,10 +13,10 @@ import torch
 from . import registry
 from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
 from .errors import Refused
+from .experts import ROUTED
 from .graph_edit import rewritten
-from .laws import op_name
 from .program import Program
-from .roles import roles_of
+from .roles import mixtures, roles_of
 from .scheme import Scheme, matches
 from .spelling import passes_of
 
@@ -105,11 +105,14 @@ def make_plan(
     tp: int = 1,
     seed: int = 0,
     run: Run | None = None,
+    calibrate_all_experts: bool = False,
 ) -> Plan:
     """Run the rewrite phase: order checks, matches, edits of the graph, the target's rules. No weight is read.
 
     ``scheme`` None is ``auto``, or nothing where every quantizing pass has formats of its own.
+    ``calibrate_all_experts`` lets every expert see every calibration token; the function stays as it is.
     """
+    program = all_rows(program) if calibrate_all_experts else program
     chosen, notes = passes_of(passes)
     unread = unread_scheme(chosen, scheme)
     scheme = scheme_of(chosen, scheme)
@@ -117,6 +120,8 @@ def make_plan(
     dtype = torch.bfloat16 if program.dtype in (torch.float32, torch.float64) else program.dtype
     roles = roles_of(program)
     problems = [*unread, *order_problems(chosen)]
+    if calibrate_all_experts and not mixtures(program):
+        problems.append("--calibrate-all-experts: the model has no experts; leave it out")
     steps: list[Step] = []
     current, bases = program, ()
     facts: set[Fact] = set()
@@ -136,7 +141,7 @@ def make_plan(
         current = rewritten(current, answer.rewrites)
         bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
         facts = (facts - one.breaks) | one.provides
-    problems = folded(problems + unused_rules(scheme, program))
+    problems = folded(problems + unused_rules(scheme, program) + stored_together(current))
     notes += remarks(program, scheme, roles)
     plan = Plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes
@@ -147,6 +152,15 @@ def make_plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed,
         (*problems, *target.problems(plan)), (*notes, *target.notes(plan)), run,
     )  # fmt: skip
+
+
+def all_rows(program: Program) -> Program:
+    """The program with all rows sent to all experts; what is routed elsewhere still does not count."""
+    fork = program.fork()
+    for node in fork.graph.nodes:
+        if node.target is ROUTED:
+            node.args = (*node.args[:3], True)
+    return fork
 
 
 def all_have_formats(chosen: Iterable[Pass]) -> bool:
@@ -182,13 +196,10 @@ def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]
             + ", ".join(others)
         )
     blocks = {part.index for part in program.blocks}
-    mixtures = [node for node in program.graph.nodes if op_name(node) == "qc.experts"]
-    stacks = {operand: node for node in mixtures for operand in node.all_input_nodes}
-    if scheme.rules and mixtures:
-        first = next(str(operand.target) for operand in stacks if operand.op == "get_attr")
+    if scheme.rules and mixtures(program):
         found.append(
-            f"the experts of {len(mixtures)} layers stay float, those of {first.rpartition('.')[0]} first: experts"
-            " are not quantized yet"
+            f"{len(mixtures(program))} layers hold experts, {len(mixtures(program)[0])} in the first of them; what"
+            " sends rows to them stays float"
         )
     boxes = [
         str(node.target)
@@ -196,12 +207,26 @@ def remarks(program: Program, scheme: Scheme, roles: Mapping[str, frozenset[str]
         if node.meta.get("part") in blocks
         and node.op == "get_attr"
         and node.target not in program.constants
-        and node not in stacks
         and node.meta["val"].dim() > 1
     ]
     if scheme.rules and boxes:
         found.append(f"{len(boxes)} matrices that no linear holds stay float: {boxes[0]} is the first")
     return tuple(found)
+
+
+def stored_together(final: Program) -> list[str]:
+    """Linears that the checkpoint stores in one tensor and of which a plan quantizes some."""
+    groups: tuple[tuple[str, ...], ...] = getattr(final.source, "together", ())
+    quantized = {str(node.target) for node in final.graph.nodes if "scheme" in node.meta}
+    problems = []
+    for group in groups:
+        left = [name for name in group if name not in quantized]
+        if left and len(left) < len(group):
+            problems.append(
+                f"experts: {left[0]}: it stays float beside others that are quantized, and the checkpoint stores"
+                " all of them in one tensor: quantize all experts of a layer, or none"
+            )
+    return problems
 
 
 def folded(problems: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from .canon import aten, op_name, symbolic
+from .canon import aten, cast_dtype, op_name, symbolic
 from .interpret import Semantics, interpret
 from .program import Kind, Norm
 
@@ -29,11 +29,27 @@ def _is_attr(value: object, name: str) -> bool:
     return isinstance(value, fx.Node) and value.op == "get_attr" and value.target == name
 
 
+def _uncast(value: object) -> object:
+    """A value before the casts that were made of it."""
+    while isinstance(value, fx.Node) and cast_dtype(value) is not None:
+        value = value.args[0]
+    return value
+
+
+def _held(value: object) -> bool:
+    """Whether a value is a tensor of the leaf itself."""
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
 def linear(graph: fx.Graph) -> bool | None:
-    """Whether the weight is stored as [in, out], for a graph that is one linear; None for any other graph."""
-    ops = _compute(graph)
+    """Whether the weight is stored as [in, out], for a graph that is one linear; None for any other graph.
+
+    Weight and bias may be cast (a router of experts computes in float32).
+    """
+    ops = [n for n in _compute(graph) if not _held(_uncast(n))]
     if len(ops) == 1 and ops[0].target is aten.linear.default:
-        x, weight, bias = [*ops[0].args, None][:3]
+        x, *held = [*ops[0].args, None][:3]
+        weight, bias = map(_uncast, held)
         if not _is_attr(weight, "weight") or not (bias is None or _is_attr(bias, "bias")):
             return None
         return False if isinstance(x, fx.Node) and x.op == "placeholder" else None

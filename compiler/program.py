@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import fx, nn
 
+from .canon import cast_dtype
+
 Kind = Literal["linear", "embedding", "norm", "opaque"]
 
 
@@ -45,6 +47,11 @@ class Leaf:
     norm: Norm | None = None
     transposed: bool = False
     """A linear that stores its weight as [in, out] (GPT-2's Conv1D)."""
+
+    @cached_property
+    def casts(self) -> bool:
+        """Whether it casts its parameters before it computes (a router of experts, to float32)."""
+        return any(cast_dtype(node) is not None for node in self.graph.nodes)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .contract import Basis, Rewrite
-from .execute import execute, inputs_of
+from .execute import execute, in_turn, inputs_of
 from .fake_quant import fake_act
+from .incremental import Values
 from .operand import Slot
 from .plan import Plan, Step
 from .program import Part, Program
@@ -37,6 +38,8 @@ class Proved:
     """What the part computed before all rewrites."""
     current: dict[str, Any]
     """What it computes with the rewrites so far, as they are kept (float32)."""
+    values: Values | None = None
+    """All its values with the rewrites so far, in the state of the step in work."""
 
 
 class Prover:
@@ -95,11 +98,20 @@ class Prover:
         part = proved.part
         base = {**neutral(program, part), **tensors}
         exact = Edited(program, base, rewrite.edits, values)
-        after = outcome(program, part, exact, self.env, bases)
-        math = error(proved.current, after, self.env)
-        check(f"{rewrite.pass_name} at {rewrite.where} ({part.name})", math, f"--passes up to {step.what}")
         kept = Edited(program, base, rewrite.edits, values, rounded=torch.float32)
-        proved.current = outcome(program, part, kept, self.env, bases)
+        where, again = f"{rewrite.pass_name} at {rewrite.where} ({part.name})", f"--passes up to {step.what}"
+        if rewrite.basis is not None:  # every value of the part is another one
+            math = error(proved.current, outcome(program, part, exact, self.env, bases), self.env)
+            check(where, math, again)
+            proved.current, proved.values = outcome(program, part, kept, self.env, bases), None
+            return Certificate(math, self.ids.numel())
+        if proved.values is None or proved.values.program is not program:
+            proved.values = Values(program, part, Edited(program, base, (), {}), self.env, bases)
+        now = proved.values
+        math = error(proved.current, now.results(now.changed(rewrite.modules, exact)), self.env)
+        check(where, math, again)
+        now.values |= now.changed(rewrite.modules, kept)
+        proved.current = now.results()
         return Certificate(math, self.ids.numel())
 
     def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
@@ -119,9 +131,10 @@ class Prover:
             y = F.linear(x, weight.to(x.dtype))
             if name in quantized:
                 q = quantized[name]
-                noisy = F.linear(fake_act(x[:1], schemes[name], q), dequantize(q.weight, q.scale.to(x.dtype)))
-                noise = float((noisy - y[:1]).pow(2).sum())
-                signal = float(y[:1].pow(2).sum())
+                rows = x[:1] if x.dim() > 2 else x  # of an expert all the rows that it has
+                noisy = F.linear(fake_act(rows, schemes[name], q), dequantize(q.weight, q.scale.to(x.dtype)))
+                noise = float((noisy - y[: len(rows)]).pow(2).sum())
+                signal = float(y[: len(rows)].pow(2).sum())
                 found[name] = (
                     10 * float(torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
                 )
@@ -130,7 +143,7 @@ class Prover:
         program, bases = self.plan.final, self.plan.bases
         env = {node: into(node.name, self.env[node.name], bases) for node in inputs_of(program, part)}
         with torch.no_grad():
-            execute(program, part, tensors, env, dtype=torch.float64, linear=hook)
+            execute(program, part, tensors, env, dtype=torch.float64, linear=hook, route=in_turn)
         return found
 
     def finish(self, proved: Proved) -> None:

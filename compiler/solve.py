@@ -18,15 +18,16 @@ from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
 from .edit import Edit, Verb, apply, by_module
 from .errors import Failed
+from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal
-from .observe import Observers
+from .observe import Observers, RowCounts
 from .operand import Quantize, Slot, Statistic
 from .plan import Plan, Step
 from .program import Part, Program
 from .proof import Prover
 from .resident import release
-from .roles import read_together
+from .roles import mixtures, peers, read_together
 from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
@@ -95,6 +96,10 @@ class _PartSolver:
         self.schemes: dict[str, LinearScheme] = {}
         self.outputs: list[dict[str, Any]] | None = None
         self.rowwise: dict[str, RowwiseTensor] = {}
+        own = {str(node.target) for node in self.plan.program.nodes(part) if node.op == "call_module"}
+        self.mixtures = [one for one in mixtures(self.plan.program) if any(n in own for e in one for n in e)]
+        self.peers = peers(self.mixtures)
+        self.routes: dict[tuple[int, str], Tensor] = {}
         self.tensors = self._load()
 
     def _load(self) -> dict[str, Tensor]:
@@ -176,7 +181,7 @@ class _PartSolver:
         statistics: dict[Statistic, Tensor] = {}
         wanted = [need for rewrite in work.rewrites for slot in rewrite.slots for need in slot.needs]
         if wanted:
-            observers = Observers(wanted)
+            observers = Observers(wanted, self.peers)
             self._run_float(work.step, observers)
             statistics = observers.results()
         together = read_together(work.step.program)
@@ -199,14 +204,27 @@ class _PartSolver:
         """Run the part on the float stream in the state before a step; its outputs serve the next part too."""
         stream = self.solver.float_stream
         assert stream is not None
+        experts = [linears for mixture in self.mixtures for linears in mixture if linears]
+        counts = RowCounts((linears[0] for linears in experts), linear) if experts else None
+        linear = counts or linear
         with torch.no_grad():
             tensors = cast(self.tensors, self.solver.compute)
             outputs = [
-                stream.run(i, step.program, self.part, tensors, step.bases, linear)
+                stream.run(i, step.program, self.part, tensors, step.bases, linear, self._keep_routes(i))
                 for i in range(len(stream.batches))
-            ]  # fmt: skip
-        if self.outputs is None and not self.quantized:
+            ]
+        if self.outputs is None:
             self.outputs = outputs
+            idle = [linears[0] for linears in experts if counts is not None and not counts.rows[linears[0]]]
+            self.solver.journal.idle(self.part.name, [name.rpartition(".")[0] for name in idle], len(experts))
+
+    def _keep_routes(self, index: int) -> Route:
+        """Remember where the float model sends the rows of a microbatch: experts are trained on those."""
+
+        def route(node: str, own: Tensor, experts: int) -> Tensor:
+            return self.routes.setdefault((index, node), own)
+
+        return route
 
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
@@ -222,7 +240,8 @@ class _PartSolver:
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
-            return stream.run(index, step.program, self.part, tensors, step.bases, hook)[hidden]
+            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
+            return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
         view.batches = len(stream.batches)
         view.forward = forward

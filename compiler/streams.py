@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .contract import Basis
-from .execute import execute, inputs_of
+from .execute import Route, execute, inputs_of
 from .program import Part, Program
 from .verify import back, into
 from .view import LinearHook
@@ -47,11 +47,11 @@ class Stream:
 
     def run(
         self, index: int, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
-        linear: LinearHook | None = None,
+        linear: LinearHook | None = None, route: Route | None = None,
     ) -> Values:  # fmt: skip
         """The outputs of a part for one microbatch, settled in this stream's basis."""
         env = self.enter(index, program, part, bases)
-        outputs = execute(program, part, tensors, env, dtype=self.dtype, linear=linear)
+        outputs = execute(program, part, tensors, env, dtype=self.dtype, linear=linear, route=route)
         return {node.name: self.settle(node.name, value, bases) for node, value in outputs.items()}
 
     def advance(self, outputs: Sequence[Values], needed: frozenset[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .contract import Basis
 from .edit import Edit, apply, by_module
 from .errors import NotEquivalent
-from .execute import execute, inputs_of
+from .execute import execute, in_turn, inputs_of
 from .operand import Slot
 from .program import Part, Program
 
@@ -55,7 +55,8 @@ class Edited(Mapping[str, Tensor]):
             if self.rounded is not None:
                 new = {key: value.to(self.rounded).to(self.dtype) for key, value in new.items()}
             self._last = (module, new)
-        return self._last[1][local]
+        found = self._last[1].get(local)  # not every tensor of a module belongs to what is edited
+        return self.base[name].to(self.dtype) if found is None else found
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -94,11 +95,14 @@ def outcome(
     env: Mapping[str, Any],
     bases: Sequence[Basis],
 ) -> dict[str, Tensor]:
-    """What a part computes in float64, by name, in the original basis; ``env`` is in the original basis too."""
+    """What a part computes in float64, by name, in the original basis; ``env`` is in the original basis too.
+
+    Rows are sent to all experts in turn, so that every one of them is looked at.
+    """
     nodes = {node.name: node for node in inputs_of(program, part)}
     inputs = {node: into(name, env[name], bases) for name, node in nodes.items()}
     with torch.no_grad():
-        outputs = execute(program, part, tensors, inputs, dtype=torch.float64)
+        outputs = execute(program, part, tensors, inputs, dtype=torch.float64, route=in_turn)
     return {node.name: back(node.name, value, bases) for node, value in outputs.items()}
 
 

@@ -65,11 +65,7 @@ class Checkpoint:
         self.shards: Shards = find_shards(self.path)
         self._model = model if model is not None else nn.Module()
         self._expected: dict[str, torch.Tensor] = (
-            {
-                name: tensor
-                for name, tensor in model.state_dict(keep_vars=True).items()
-                if torch.is_tensor(tensor)
-            }
+            self._state(model)
             if model is not None
             else {
                 name: torch.empty(e.shape, dtype=e.dtype, device="meta")
@@ -83,6 +79,11 @@ class Checkpoint:
         self.ties: Mapping[str, str] = dict(self._tie())
         """Parameters that are stored under the name of another one, with that name."""
         self._check()
+
+    def _state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters and persistent buffers that transformers expects to find."""
+        state = model.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -138,6 +139,11 @@ class Checkpoint:
         if reading is None or reading.converter is None:
             return {self.disk_name(name): spec}
         return {disk: TensorSpec(spec.dtype, self.disk_spec(disk).shape) for disk in self.disk_names(name)}
+
+    def separable(self, name: str) -> bool:
+        """Whether a parameter has one tensor on disk that holds nothing else."""
+        reading = self._readings.get(name)
+        return reading is None or reading.converter is None
 
     def disk_name(self, name: str) -> str:
         """The name under which a tensor of the model is written so that it fits the input checkpoint.
@@ -212,9 +218,7 @@ class Checkpoint:
         used: dict[str, WeightConverter] = {}
         ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
         for disk in sorted(self.shards.entries, key=dot_natural_key):
-            name, pattern = rename_source_key(disk, renamings, converters, prefix, self._expected)
-            if name not in self._expected and disk in self._expected:
-                name, pattern = rename_source_key(disk, [], [], prefix, self._expected)
+            name, pattern = self._parameter(disk, renamings, converters, prefix)
             if name not in self._expected:
                 if not any(re.search(expression, disk) for expression in ignored):
                     yield disk
@@ -231,6 +235,19 @@ class Checkpoint:
                 raise Refused(f"{self.path}: {group[0][0]} and {group[1][0]} are both the parameter {name}")
             reading = Reading(name, sources, tuple(renamed for *_, renamed in group), used.get(name))
             self._admit(reading)
+
+    def _parameter(
+        self,
+        disk: str,
+        renamings: list[WeightRenaming],
+        converters: list[WeightConverter],
+        prefix: str | None,
+    ) -> tuple[str, str | None]:
+        """The parameter that a tensor on disk belongs to, and the pattern of the conversion that makes it."""
+        name, pattern = rename_source_key(disk, renamings, converters, prefix, self._expected)
+        if name not in self._expected and disk in self._expected:
+            return rename_source_key(disk, [], [], prefix, self._expected)
+        return name, pattern
 
     def _admit(self, reading: Reading) -> None:
         """Register a reading under the names that it makes, found by running it on meta."""

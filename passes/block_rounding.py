@@ -128,7 +128,7 @@ class BlockRounding:
 
         count: list[int] = []
         self.each_input(name, range(self.view.batches), add)
-        return found[0] / sum(count)
+        return found[0] / max(sum(count), 1)  # zero for an expert that nothing is sent to
 
     @torch.no_grad()
     def each_input(self, name: str, batches: range, take: Callable[[int, Tensor], None]) -> None:

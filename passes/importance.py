@@ -58,7 +58,8 @@ def token_importance(view: BlockView, names: Collection[str], where: str) -> lis
         pairs = zip(outputs, grads, strict=True)
         found.append({name: grad.float().square().sum(-1).flatten() for name, grad in pairs})
     for name in found[0]:
-        mean = sum(float(weights[name].mean()) for weights in found) / len(found)
+        rows = sum(weights[name].numel() for weights in found)  # none for an expert that nothing is sent to
+        mean = sum(float(weights[name].sum()) for weights in found) / max(rows, 1)
         for weights in found:
             weights[name] = weights[name] / max(mean, torch.finfo(torch.float32).tiny)
     return found

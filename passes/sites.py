@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..compiler.program import Program
+from ..compiler.roles import routers
 
 
 def width_in(program: Program, linear: str) -> int:
@@ -18,10 +19,14 @@ def width_out(program: Program, linear: str) -> int:
 
 
 def block_linears(program: Program) -> dict[str, int]:
-    """The linears inside blocks, in graph order, with the index of their part."""
-    blocks = {part.index for part in program.blocks}
+    """The linears inside blocks that may be quantized, in graph order, with the index of their part.
+
+    Routers are not among them (``compiler.roles.routers``).
+    """
+    blocks, left = {part.index for part in program.blocks}, routers(program)
     return {
         str(node.target): node.meta["part"]
         for node in program.graph.nodes
         if (leaf := program.leaf(node)) is not None and leaf.kind == "linear" and node.meta["part"] in blocks
+        if str(node.target) not in left
     }

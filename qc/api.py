@@ -52,7 +52,8 @@ def compile(
     config: str | Path | None = None, scheme: str | Scheme | None = None, target: Any = None, tp: int = 1,
     calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, seed: int = 0,
     device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
-    tokenizer: Any = None, report: Callable[[Progress], None] = lambda progress: None,
+    tokenizer: Any = None, calibrate_all_experts: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
 ) -> engine.Result:  # fmt: skip
     """Compile a model into the directory ``out``, which is there whole or not at all.
 
@@ -74,6 +75,8 @@ def compile(
         force: Replace ``out`` when it exists.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
         tokenizer: In place of the checkpoint's own; needed for models in memory.
+        calibrate_all_experts: Let every expert of a mixture see every calibration token, instead of those that
+            are routed to it.
         report: Called with the progress.
 
     Raises:
@@ -83,6 +86,7 @@ def compile(
     options = engine.Options(
         scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
         device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
+        calibrate_all_experts=calibrate_all_experts,
     )  # fmt: skip
     return engine.compile(model, _asked(passes, config), out, options, report)
 

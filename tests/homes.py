@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.random_llama import character_tokenizer
 from qc.compiler.capture import capture
 from qc.compiler.compile import Options, Result, compile
+from qc.compiler.expert_weights import checkpoint
 from qc.compiler.program import Program
-from qc.compiler.weights import Checkpoint
 from tests.families import build
 from tests.programs import captured, config_of
 
@@ -50,7 +50,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Home]:
         text.write_text(TEXT * 8, encoding="utf-8")
         if family == "llama-128":
             return Home(path, capture(path, certify=False), text)
-        source = Checkpoint(path, captured(family).root)
+        source = checkpoint(path, captured(family).root)
         program = replace(captured(family), path=str(path), source=source, ties=dict(source.ties))
         return Home(path, program, text)
 
@@ -58,7 +58,7 @@ def homes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Home]:
 
 
 def compiled(home: Home, out: Path, passes: str, **options: Any) -> Result:
-    chosen = Options(calib=(home.text,), tokenizer=character_tokenizer(), **SAMPLES, **options)
+    chosen = Options(calib=(home.text,), tokenizer=character_tokenizer(), **{**SAMPLES, **options})
     return compile(home.program, passes, out, chosen)
 
 

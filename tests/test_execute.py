@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from qc.compiler.attention import attend, attention, explicit_attention
 from qc.compiler.errors import Failed
 from qc.compiler.execute import execute, inputs, inputs_of, outputs_of, parameters_of, run
-from qc.compiler.experts import experts
 from qc.compiler.program import Program
 from tests.families import ALL, batch
 from tests.programs import captured
@@ -247,25 +246,6 @@ def test_attention_has_the_gradients_of_its_formula(softcap: float | None, sinks
         return attention(q, k, v, mask, 0.5, softcap, extra)
 
     assert torch.autograd.gradcheck(run_op, tuple(operands))
-
-
-def test_experts_have_the_gradients_of_their_formula() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(5, 4), (5, 2), (3, 6, 4), (3, 4, 3)]
-    operands = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-    index = torch.tensor([[0, 1], [1, 0], [0, 3], [1, 0], [0, 1]])  # expert 2 has no token, 3 is none
-
-    def run_op(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return experts(x, index, weight, gate_up, down, "gelu_tanh")
-
-    assert torch.autograd.gradcheck(run_op, tuple(operands))
-    x, weight, gate_up, down = operands
-    token = 2  # routed to expert 0 and to none
-    gate, up = (gate_up[0] @ x[token]).chunk(2)
-    want = weight[token, 0] * (down[0] @ (F.gelu(gate, approximate="tanh") * up))
-    assert torch.allclose(run_op(x, weight, gate_up, down)[token], want, rtol=1e-12)
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # routing is no trace for AOT
-    torch.library.opcheck(experts, (x, index, weight, gate_up, down, "silu"), test_utils=checks)
 
 
 def test_the_op_passes_the_checks_of_custom_ops() -> None:

@@ -141,16 +141,19 @@ def test_only_linears_of_blocks_are_quantized() -> None:
     assert all(name.startswith("model.layers.") for name in names)
 
 
-def test_a_matrix_that_no_linear_holds_is_told_of() -> None:
-    notes = planned("mixtral", RTN).notes
-    assert any(
-        n.startswith("3 matrices that no linear holds stay float: model.layers.0.mlp.gate") for n in notes
-    )
-    assert any(
-        n.startswith("the experts of 3 layers stay float, those of model.layers.0.mlp.experts") for n in notes
-    )
+def test_experts_are_linears_and_routers_stay_float() -> None:
+    found = planned("mixtral", RTN)
+    assert any(note.startswith("3 layers hold experts, 4 in the first of them") for note in found.notes)
+    assert set(schemes(found).values()) == {"W8A8"}
+    assert len(schemes(found)) == 3 * (4 + 4 * 3)
+    assert not any(name.endswith("mlp.gate") for name in schemes(found))
     silent = planned("mixtral", RTN, scheme="float").notes + planned("llama", RTN).notes
-    assert not any("stay float" in note for note in silent)
+    assert not any("stay float" in note or "stays float" in note for note in silent)
+
+
+def test_all_experts_can_be_calibrated_where_there_are_any() -> None:
+    only(planned("mixtral", RTN, calibrate_all_experts=True))
+    only(planned("llama", RTN, calibrate_all_experts=True), "calibrate-all-experts|no experts|leave it out")
 
 
 def test_the_first_rule_that_matches_wins_and_an_unused_one_is_an_error() -> None:
@@ -210,7 +213,6 @@ def test_a_block_size_that_does_not_fit_names_the_width() -> None:
             "gemma2",
             "0.post_attention_layernorm multiplies by its gain|only linears|aten.add in model.layers.0 reads",
         ),
-        ("mixtral", "0.post_attention_layernorm multiplies by its gain|in model.layers.0.mlp.gate reads it"),
     ],
 )
 def test_a_stream_that_can_not_be_rotated_names_what_is_in_the_way(family: str, words: str) -> None:

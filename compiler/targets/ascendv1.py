@@ -78,7 +78,7 @@ def layout(
                 specs[full], types[full] = stored, FLOAT_TYPE
         elif leaf == "weight":
             own = names.disk_name(name)
-            if set(names.disk_tensors(name, spec)) != {own}:
+            if not names.separable(name):
                 raise Refused(
                     f"{module}: its weight shares a tensor on disk with others; exclude it from quantization"
                 )

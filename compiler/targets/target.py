@@ -60,6 +60,10 @@ class DiskNames(Protocol):
         """The tensors that a float parameter becomes: itself, or the experts of a stack."""
         ...
 
+    def separable(self, name: str) -> bool:
+        """Whether other tensors can be written in the place of a parameter, and of nothing else."""
+        ...
+
 
 class SameNames:
     """The names of a model that comes from no checkpoint: those of its parameters."""
@@ -71,6 +75,10 @@ class SameNames:
     def disk_tensors(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
         """The tensor itself."""
         return {name: spec}
+
+    def separable(self, name: str) -> bool:
+        """Every tensor has its own place."""
+        return True
 
 
 @dataclass(frozen=True)
