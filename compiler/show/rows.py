@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ..canon import WHOLE, op_name, symbolic
 from ..program import Leaf, Part, Program
+from .alike import alike_experts
 
 DTYPES = {
     torch.float64: "f64",
@@ -32,7 +33,7 @@ class Row:
     name: str
     """Name in the part: ``v3``; ``input_ids`` for a placeholder; empty for the output."""
     op: str
-    """Kind of a leaf, name of an op, ``input``, ``parameter`` or ``return``."""
+    """Kind of a leaf, name of an op, ``input``, ``parameter``, ``alike`` or ``return``."""
     target: str
     """Module of a leaf or name of a parameter, without the part's own prefix; empty for an op."""
     args: str
@@ -49,6 +50,8 @@ class Row:
         """The row as text, without a newline."""
         if self.op == "return":
             return f"return {self.args}"
+        if self.op == "alike":
+            return self.target
         head = f"{self.name}: {self.type} = {self.op}" + (f" {self.target}" if self.target else "")
         head += f"({self.args})" if self.op not in ("input", "parameter") else ""
         return head + (f"  {self.detail}" if self.detail else "") + (f"  # {self.note}" if self.note else "")
@@ -92,7 +95,10 @@ def _spell(value: Any, names: dict[fx.Node, str], sizes: Sizes) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_spell(v, names, sizes) for v in value) + "]"
+        words = [_spell(v, names, sizes) for v in value]
+        said = [word for word in words if word]
+        more = [f"{len(words) - len(said)} more"] if len(said) < len(words) else []
+        return "[" + ", ".join(said + more) + "]"
     if isinstance(value, torch.dtype):
         return DTYPES.get(value, str(value))
     if isinstance(value, float):
@@ -117,14 +123,23 @@ def outside(program: Program, part: Part) -> tuple[fx.Node, ...]:
 
 
 def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
-    """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... by first use."""
+    """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... by first use.
+
+    Experts that are alike have the rows of the first of them, and one that counts the others.
+    """
     names = {node: f"in{i}" for i, node in enumerate(outside(program, part))}
+    hidden = alike_experts(program, part)
     prefix = part.name + "." if part.kind >= 0 else ""
     count = 0
     for node in program.nodes(part):
         val = node.meta.get("val")
         if symbolic(node):
             names[node] = sizes(val)
+            continue
+        if node in hidden:
+            names[node] = ""
+            if hidden[node] is not None:
+                yield Row("", "alike", str(hidden[node]), "", "", "", "", node)
             continue
         args = ", ".join(
             [_spell(a, names, sizes) for a in node.args]
