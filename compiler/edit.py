@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime.kronecker import fold
 from .errors import Failed
-from .operand import Gain, Hadamard, Kronecker, Operand, Quantize, Slot, Vector, stored_factors
+from .operand import Gain, Hadamard, Kronecker, NormBias, Operand, Quantize, Slot, Vector, stored_factors
 from .pattern import Site
 from .program import Leaf, Program
 
@@ -107,7 +107,18 @@ def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype
         weight = get(f"{operand.norm}.weight")
         if weight is None:
             raise Failed(f"{edit}: the norm {operand.norm} has no weight")
-        return weight.to(dtype) + operand.offset
+        gain = weight.to(dtype) + operand.offset
+        if operand.inverse and not bool(gain.all()):
+            raise Failed(
+                f"{operand.norm} has a gain of zero in {int((gain == 0).sum())} channels, so its bias can not be moved"
+                " before the gain: leave quarot (fuse_norms) out for this model"
+            )
+        return 1 / gain if operand.inverse else gain
+    if isinstance(operand, NormBias):
+        bias = get(f"{operand.norm}.bias")
+        if bias is None:
+            raise Failed(f"{edit}: the norm {operand.norm} has no bias")
+        return bias.to(dtype)
     raise Failed(f"{edit}: {operand!r} is not a vector")
 
 
@@ -147,6 +158,9 @@ def _rotate_out(
 ) -> None:
     assert isinstance(edit.operand, Hadamard)
     rotation, rows = edit.operand, _index(edit.site)
+    if leaf.norm is not None:  # with unit gain it lets the rotation through and adds its bias behind it
+        tensors["bias"] = rotation.times(tensors["bias"])
+        return
     if leaf.kind == "embedding":  # rows of the table are values: E <- E Q
         tensors["weight"] = rotation.times(tensors["weight"])
         return

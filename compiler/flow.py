@@ -18,7 +18,7 @@ from torch import fx
 
 from .canon import symbolic
 from .experts import ROUTED
-from .laws import EVERYTHING, LAYOUT, Blocks, Map, is_attention, law, operands, shape
+from .laws import EVERYTHING, LAYOUT, Blocks, Map, is_attention, law, operands, shape, writes
 from .program import Program
 
 aten = torch.ops.aten
@@ -296,9 +296,9 @@ def space(program: Program, start: fx.Node, what: Map) -> Space:
     while queue:
         node = queue.pop(0)
         leaf = program.leaf(node)
-        if leaf is not None and leaf.kind in ("linear", "embedding"):
+        if leaf is not None and writes(leaf):
             writers[node] = None
-        else:
+        if leaf is None or leaf.kind not in ("linear", "embedding"):
             for operand in _carriers(program, node, what, obstacles):
                 join(operand)
         if leaf is not None and leaf.kind == "norm":

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from .experts import COMBINED, ROUTED
-from .program import Program
+from .program import Leaf, Program
 
 aten = torch.ops.aten
 
@@ -30,7 +30,11 @@ class Map(Enum):
 
     SCALE = "a positive scale per channel"
     ROTATION = "a rotation of the channel axis"
+    CENTRED = "a rotation of the channel axis that keeps the all-ones vector"
     HEAD = "a matrix per attention head"
+
+
+ROTATIONS = (Map.ROTATION, Map.CENTRED)
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def layout(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Pass
     """
     if node.args[0] is not operand:
         return Blocks("it says which values are taken, and is not one of them")
-    if what is not Map.ROTATION:
+    if what not in ROTATIONS:
         return Passes()
     if not isinstance(node.meta.get("val"), torch.Tensor) or shape(node)[-1:] != shape(operand)[-1:]:
         return Blocks("the channel axis is cut or moved")
@@ -105,8 +109,10 @@ def _on_rows(node: fx.Node, axes: int) -> bool:
 
 
 def add(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
-    """Sums are linear: every summand must carry the map."""
+    """Sums are linear: every summand must carry the map. One number for all channels is a multiple of all-ones."""
     others = tuple(arg for arg in operands(node) if arg is not operand)
+    if what is Map.CENTRED and node.args.count(operand) == 1 and shape(operand)[-1:] == shape(node)[-1:]:
+        return Passes(joins=tuple(other for other in others if shape(other)[-1:] not in ((), (1,))))
     if not others:
         doubled = sum(arg is operand for arg in node.args) > 1
         return Passes() if doubled else Blocks("a constant is added, which would have to be mapped too")
@@ -145,7 +151,7 @@ def attention(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> P
     """Attention is linear in its values, head by head; q and k it sees only through their products."""
     if node.args.count(operand) > 1 or node.args[2] is not operand:
         return Blocks("attention sees it only through the scores")
-    return Passes() if what is not Map.ROTATION else Blocks("attention keeps heads apart")
+    return Passes() if what not in ROTATIONS else Blocks("attention keeps heads apart")
 
 
 def routed(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
@@ -201,8 +207,8 @@ def law(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes 
         return attention(program, node, operand, what)
     leaf = program.leaf(node)
     if leaf is not None:
-        if leaf.kind == "norm" and what is Map.ROTATION:
-            return norm(program, node, operand)
+        if leaf.kind == "norm" and what in ROTATIONS:
+            return norm(program, node, operand, what)
         return Blocks(f"{node.target} ({leaf.kind}) does not let it through")
     known = LAWS.get(node.target)
     if known is None:
@@ -210,21 +216,28 @@ def law(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes 
     return known(program, node, operand, what)
 
 
-def norm(program: Program, node: fx.Node, operand: fx.Node) -> Passes | Blocks:
-    """A plain RMS norm over all channels lets a rotation through once its gain is one everywhere."""
+def norm(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
+    """A norm over all channels lets a rotation through once its gain is one everywhere.
+
+    One that subtracts the mean asks for a rotation that keeps the all-ones vector. A bias is added behind it: the
+    norm then writes its bias into the space, see ``writes``.
+    """
     facts = program.leaves[str(node.target)].norm
     assert facts is not None
-    if facts.mean_subtracting:
+    if facts.mean_subtracting and what is not Map.CENTRED:
         return Blocks(
             f"{node.target} subtracts the mean, which only rotations that keep the all-ones vector allow"
         )
     if facts.width != shape(operand)[-1]:
         return Blocks(f"{node.target} normalises {facts.width} of {shape(operand)[-1]} channels")
-    if facts.bias:
-        return Blocks(f"{node.target} adds a bias")
     if facts.weight and not node.meta.get("unit"):
         return Blocks(f"{node.target} multiplies by its gain: fuse it into its readers first (fuse_norms)")
     return Passes()
+
+
+def writes(leaf: Leaf) -> bool:
+    """Whether a leaf adds channels of its own to a space: a linear, an embedding, the bias of a norm."""
+    return leaf.kind in ("linear", "embedding") or (leaf.norm is not None and leaf.norm.bias)
 
 
 def is_attention(node: Any) -> bool:

@@ -54,10 +54,18 @@ class Vector:
 
 @dataclass(frozen=True)
 class Gain:
-    """The gain of a norm as it is when the edit is applied (weight plus its offset), [channels]."""
+    """The gain of a norm as it is when the edit is applied (weight plus its offset), [channels], or its inverse."""
 
     norm: str
     offset: float
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class NormBias:
+    """The bias of a norm as it is when the edit is applied, [channels]."""
+
+    norm: str
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,16 @@ class Hadamard:
 
     H is the Hadamard matrix of ``order`` and D random signs drawn from ``seed`` by a private generator
     (QuaRot, arXiv 2404.00456, section 3). It is never stored: products use its Kronecker factors.
+
+    With ``keeps_ones`` the block is B · D · Bᵀ · P instead: B = C · H / sqrt(n) with the signs C that make its first
+    column constant, the first sign of D positive, P a random permutation. So Q · 1 = 1, as a LayerNorm needs
+    (SliceGPT, arXiv 2401.15024, section 3, on what commutes with one), and Q is spread like a random rotation.
     """
 
     order: int
     seed: int
     copies: int = 1
+    keeps_ones: bool = False
 
     @property
     def width(self) -> int:
@@ -78,30 +91,56 @@ class Hadamard:
         return self.order * self.copies
 
     def __str__(self) -> str:
-        return f"H{self.order}" + (f"x{self.copies}" if self.copies > 1 else "")
+        return (
+            f"H{self.order}" + (f"x{self.copies}" if self.copies > 1 else "") + " centred" * self.keeps_ones
+        )
 
     def times(self, x: Tensor) -> Tensor:
         """``x @ Q`` for x of shape [..., width]."""
-        return self._apply(x, transposed=False)
+        y = x.reshape(*x.shape[:-1], self.copies, self.order)
+        signs = signs_of(self.order, self.seed).to(x)
+        if not self.keeps_ones:
+            return self._hadamard(y * signs).reshape(x.shape)
+        signs, column = centred(signs), first_column(self.order).to(x)
+        y = self._hadamard(self._hadamard(y * column) * signs, transposed=True) * column
+        return y[..., permutation_of(self.order, self.seed)].reshape(x.shape)
 
     def times_transposed(self, x: Tensor) -> Tensor:
         """``x @ Qᵀ`` for x of shape [..., width]."""
-        return self._apply(x, transposed=True)
-
-    def _apply(self, x: Tensor, *, transposed: bool) -> Tensor:
-        left, right = factors(self.order)
-        signs = signs_of(self.order, self.seed).to(x)
-        left, right = left.to(x), right.to(x)
         y = x.reshape(*x.shape[:-1], self.copies, self.order)
-        if not transposed:
-            y = y * signs
-        y = y.reshape(*y.shape[:-1], left.shape[0], right.shape[0])
-        left, right = (left.T, right.T) if transposed else (left, right)
-        y = ((y @ right).transpose(-1, -2) @ left).transpose(-1, -2)  # leftᵀ y right, in two plain products
-        y = y.reshape(*x.shape[:-1], self.copies, self.order) * self.order**-0.5
-        if transposed:
-            y = y * signs
+        signs = signs_of(self.order, self.seed).to(x)
+        if not self.keeps_ones:
+            return (self._hadamard(y, transposed=True) * signs).reshape(x.shape)
+        signs, column = centred(signs), first_column(self.order).to(x)
+        y = y[..., permutation_of(self.order, self.seed).argsort()]
+        y = self._hadamard(self._hadamard(y * column) * signs, transposed=True) * column
         return y.reshape(x.shape)
+
+    def _hadamard(self, y: Tensor, *, transposed: bool = False) -> Tensor:
+        """``y @ H / sqrt(n)`` or ``y @ Hᵀ / sqrt(n)`` along the last axis, in two plain products."""
+        left, right = (factor.to(y) for factor in factors(self.order))
+        left, right = (left.T, right.T) if transposed else (left, right)
+        z = y.reshape(*y.shape[:-1], left.shape[0], right.shape[0])
+        z = ((z @ right).transpose(-1, -2) @ left).transpose(-1, -2)  # leftᵀ z right
+        return z.reshape(y.shape) * self.order**-0.5
+
+
+def centred(signs: Tensor) -> Tensor:
+    """Signs of which the first is positive."""
+    return torch.cat([signs[:1].abs(), signs[1:]])
+
+
+@lru_cache(maxsize=16)
+def first_column(order: int) -> Tensor:
+    """The first column [order] of H, ±1, float64."""
+    left, right = factors(order)
+    return torch.kron(left[:, 0], right[:, 0])
+
+
+@lru_cache(maxsize=16)
+def permutation_of(order: int, seed: int) -> Tensor:
+    """A random permutation [order], a function of (order, seed) alone."""
+    return torch.randperm(order, generator=torch.Generator().manual_seed(seed + 1))
 
 
 @lru_cache(maxsize=16)
@@ -156,4 +195,4 @@ class Quantize:
     slot: Slot
 
 
-Operand = Vector | Gain | Hadamard | Kronecker | Quantize | None
+Operand = Vector | Gain | NormBias | Hadamard | Kronecker | Quantize | None

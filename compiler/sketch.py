@@ -27,7 +27,7 @@ from .flow import (
 from .laws import Map, is_attention, op_name, operands, shape
 from .program import Program
 
-SCALE, ROTATION, HEAD = Map.SCALE, Map.ROTATION, Map.HEAD
+SCALE, ROTATION, CENTRED, HEAD = Map.SCALE, Map.ROTATION, Map.CENTRED, Map.HEAD
 
 
 @dataclass(frozen=True)

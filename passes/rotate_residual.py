@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..compiler.contract import EXACT, Answer, Basis, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Hadamard
 from ..compiler.pattern import Site
 from ..compiler.program import Program
-from ..patterns.residual import residual
+from ..patterns.residual import residual, residual_centred
 from ..runtime.hadamard import has_hadamard
 from .fuse_norms import reads_besides_linears
 from .sites import width_in
@@ -24,14 +24,15 @@ class RotateResidual(Pass):
     **Why.** Outlier channels of the hidden state are spread over all channels, so that few bits suffice.
 
     **Before / after.** Writers W become ``Qᵀ W``, readers ``W Q``, the embedding ``E Q``. Norms with unit gain
-    do not notice.
+    do not notice; where one subtracts the mean (LayerNorm), the matrix is one that keeps the all-ones vector. A bias
+    of a norm with unit gain rotates along.
 
     **Source.** QuaRot (arXiv 2404.00456) section 4, stage 1a; random signs as in QuIP# (arXiv 2402.04396).
     """
 
     name = "rotate_residual"
     summary = "rotate the residual stream by a random Hadamard matrix, so that outlier channels are spread"
-    patterns = (residual,)
+    patterns = (residual, residual_centred)
     requires = frozenset({Fact.NORMS_FUSED})
     provides = frozenset({Fact.RESIDUAL_ROTATED})
     breaks = frozenset()
@@ -47,7 +48,8 @@ class RotateResidual(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite over the whole model, split into its parts when it is solved."""
-        matches = residual.find(program)
+        plain = residual.find(program)
+        matches = plain or residual_centred.find(program)
         if not matches:
             return Answer(
                 (), problems=(f"the residual stream can not be rotated: {why_not(program)}. {WITHOUT}",)
@@ -57,6 +59,7 @@ class RotateResidual(Pass):
         rotation, problem = hadamard_of(width, self.block_size, 1, setting.seed)
         if rotation is None:
             return Answer((), problems=(f"the residual stream: {problem}",))
+        rotation = replace(rotation, keeps_ones=not plain)
         writers = [Edit(Verb.ROTATE_OUT, Site(str(node.target)), rotation) for node in space.writers]
         readers = [Edit(Verb.ROTATE_IN, Site(str(node.target)), rotation) for node in space.readers]
         basis = Basis(rotation, frozenset(node.name for node in space.values))
@@ -67,7 +70,7 @@ class RotateResidual(Pass):
 
 def why_not(program: Program) -> str:
     """What keeps the residual stream from being rotated, with its place."""
-    miss = residual.nearest(program)
+    miss = residual_centred.nearest(program)
     if miss is None:
         return "the model has no embedding"
     leaf = program.leaves.get(miss.at)

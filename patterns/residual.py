@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..compiler.flow import Space
 from ..compiler.pattern import pattern
-from ..compiler.sketch import ROTATION, Sketch
+from ..compiler.sketch import CENTRED, ROTATION, Sketch
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,10 @@ def residual(p: Sketch) -> Residual:
     """What an embedding writes, closed: all writers and readers of channels that are rotated together."""
     embedding = p.embedding()
     return Residual(space=p.space(embedding, ROTATION))  # type: ignore[arg-type]
+
+
+@pattern
+def residual_centred(p: Sketch) -> Residual:
+    """The same where norms subtract the mean: closed under rotations that keep the all-ones vector."""
+    embedding = p.embedding()
+    return Residual(space=p.space(embedding, CENTRED))  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from qc.compiler.laws import Map, Passes, law
 from tests.programs import BATCH, LENGTH, Drawing, aten, relative, run_float64
 
 WIDTH, HEADS = 8, 2
-SCALE, ROTATION, HEAD = Map.SCALE, Map.ROTATION, Map.HEAD
+SCALE, ROTATION, CENTRED, HEAD = Map.SCALE, Map.ROTATION, Map.CENTRED, Map.HEAD
 EQUAL, DIFFERENT = 1e-9, 1e-3
 Draw = Callable[[Drawing, fx.Node, fx.Node], fx.Node]
 
@@ -28,6 +28,13 @@ def matrix(what: Map, generator: torch.Generator) -> Tensor:
         return torch.diag(noise[0].abs() + 0.3)
     if what is ROTATION:
         return torch.linalg.qr(noise)[0]
+    if what is CENTRED:  # random on what is orthogonal to the all-ones vector, which it keeps
+        ones = torch.cat([torch.ones(WIDTH, 1, dtype=torch.float64), noise[:, 1:]], 1)
+        basis = torch.linalg.qr(ones)[0]
+        inner = torch.linalg.qr(torch.randn(WIDTH - 1, WIDTH - 1, generator=generator, dtype=torch.float64))[
+            0
+        ]
+        return basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inner) @ basis.T
     return torch.block_diag(*(noise[i : i + 4, i : i + 4] for i in range(0, WIDTH, WIDTH // HEADS)))
 
 
@@ -94,6 +101,8 @@ BLOCKING: dict[str, Draw] = {
     "flip": lambda d, x, y: d.op(aten.flip.default, x, [2]),
 }
 """Ops that let nothing through."""
+ON_ONES = ("plus one", "plus a factor per row")
+"""Ops that add one number to all channels, which a rotation that keeps the all-ones vector lets through."""
 OPS = LINEAR | SCALING | BLOCKING
 
 
@@ -103,8 +112,11 @@ OPS = LINEAR | SCALING | BLOCKING
 @given(seed=st.integers(0, 2**31))
 def test_a_map_passes_exactly_where_moving_it_keeps_the_result(name: str, what: Map, seed: int) -> None:
     passes, error = moved(OPS[name], what, seed)
-    assert passes == (name in LINEAR or (what is SCALE and name in SCALING))
-    assert error < EQUAL if passes else error > DIFFERENT
+    assert passes == (
+        name in LINEAR or (what is SCALE and name in SCALING) or (what is CENTRED and name in ON_ONES)
+    )
+    same = what is CENTRED and name == "quotient with itself"  # all ones, by accident
+    assert error < EQUAL if passes or same else error > DIFFERENT
 
 
 def test_a_bias_joins_a_sum_and_can_not_be_rewritten() -> None:
@@ -203,9 +215,10 @@ NORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("what", [ROTATION, CENTRED], ids=["any rotation", "one that keeps ones"])
 @pytest.mark.parametrize("unit", [False, True], ids=["gain", "unit gain"])
 @pytest.mark.parametrize("name", NORMS)
-def test_a_norm_lets_a_rotation_through_when_it_is_plain_and_its_gain_is_one(name: str, unit: bool) -> None:
+def test_a_norm_lets_a_rotation_through_when_its_gain_is_one(name: str, unit: bool, what: Map) -> None:
     options = NORMS[name]
     d = Drawing()
     x = d.value("x", *(BATCH, LENGTH, 2, 4) if name == "over a head" else (BATCH, LENGTH, WIDTH))
@@ -214,17 +227,21 @@ def test_a_norm_lets_a_rotation_through_when_it_is_plain_and_its_gain_is_one(nam
     node = d.norm("n", x, **options)
     node.meta["unit"] = unit
     program = d.program(node)
-    passes = isinstance(law(program, node, x, ROTATION), Passes)
-    assert passes == (name in ("plain", "offset", "without a gain") and (unit or name == "without a gain"))
+    passes = isinstance(law(program, node, x, what), Passes)
+    fits = name != "over a head" and (what is CENTRED or not options.get("mean"))
+    assert passes == (fits and (unit or not options.get("weight", True)))
     if unit and options.get("weight", True):
         d.tensors["n.weight"] = torch.full_like(d.tensors["n.weight"], 1 - options.get("offset", 0.0))
     if name != "over a head":
-        q = matrix(ROTATION, d.generator)
+        q = matrix(what, d.generator)
         before = run_float64(program, d.tensors)
-        error = relative(run_float64(program, d.tensors | {"x": d.tensors["x"] @ q}), before @ q)
+        turned = d.tensors | {"x": d.tensors["x"] @ q}
+        if options.get("bias"):  # the norm writes its bias into the space, so it turns as any writer does
+            turned["n.bias"] = d.tensors["n.bias"] @ q
+        error = relative(run_float64(program, turned), before @ q)
         assert error < EQUAL if passes else error > DIFFERENT
-    for what in (SCALE, HEAD):
-        assert not isinstance(law(program, node, x, what), Passes)
+    for other in (SCALE, HEAD):
+        assert not isinstance(law(program, node, x, other), Passes)
 
 
 def test_a_box_lets_nothing_through() -> None:

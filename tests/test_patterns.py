@@ -24,7 +24,7 @@ from qc.passes.fuse_norms import FuseNorms
 from qc.patterns.linear_linear import linear_linear
 from qc.patterns.norm_linear import norm_linear
 from qc.patterns.ov import ov, ov_heads
-from qc.patterns.residual import residual
+from qc.patterns.residual import residual, residual_centred
 from qc.patterns.up_down import up_down
 from tests.families import batch
 from tests.programs import Drawing, captured, llama, run_float64
@@ -67,11 +67,13 @@ def test_the_residual_stream_is_found_once_norms_are_fused(family: str) -> None:
     program = captured(family)
     fused = rewritten(program, FuseNorms().rewrite(program, SETTING).rewrites)
     matches = residual.find(fused)
+    centred = residual_centred.find(fused)
     if family not in ROTATABLE:
         assert not matches
         miss = residual.nearest(fused)
         assert miss is not None
         assert "subtracts the mean" in miss.reason
+        assert len(centred) == 1
         return
     (match,) = matches
     linears = [n for n in program.graph.nodes if (leaf := program.leaf(n)) and leaf.kind == "linear"]

@@ -208,7 +208,6 @@ def test_a_block_size_that_does_not_fit_names_the_width() -> None:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("opt", "self_attn_layer_norm subtracts the mean"),
         (
             "gemma2",
             "0.post_attention_layernorm multiplies by its gain|only linears|aten.add in model.layers.0 reads",
