@@ -21,23 +21,43 @@ VOCABULARY, WINDOW, POSITIONS, EXPERTS = 96, 8, 64, 4
 RULES: tuple[tuple[str, int], ...] = (
     (r".*token_(id|index)|.*_index|unk_index|mask_index", 1),
     (r".*vocab.*", VOCABULARY),
-    (r".*(max_position|n_positions|n_ctx|max_seq_len|model_max_length|max_length|context_length|_positions).*", POSITIONS),
-    (r"(sliding_|attention_|local_attention_|keep_)?window(_size|_len)?|sliding_window_size|local_attention|.*_chunk_length|attention_chunk_size", WINDOW),
+    (
+        r".*(max_position|n_positions|n_ctx|max_seq_len|model_max_length|max_length|context_length|_positions).*",
+        POSITIONS,
+    ),
+    (
+        r"(sliding_|attention_|local_attention_|keep_)?window(_size|_len)?|sliding_window_size|"
+        r"local_attention|.*_chunk_length|attention_chunk_size", WINDOW,
+    ),
     (r"(mamba_|linear_)?chunk_size|.*inference_chunksize", 8),
     (r"num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?(de|en)coder_layers", 2),
     (r"num_layers_per_stack|n_layers_per_attn_res_block", 1),
     (r"(num_)?(key_value|kv)_heads|num_key_value_heads|swa_num_key_value_heads|num_query_groups", 2),
-    (r".*num_(en|de)?coder_attention_heads|(swa_)?num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads|index_n_heads|n_mamba_heads", 4),
+    (
+        r".*num_(en|de)?coder_attention_heads|(swa_)?num_attention_heads|n_heads?|num_heads|"
+        r"(en|de)coder_attention_heads|attention_heads|index_n_heads|n_mamba_heads", 4,
+    ),
     (r"(linear_)?num_(key|value)_heads|linear_num_(key|value)_heads|linear_num_heads", 4),
     (r"mamba_(n|num)_heads", 8),
     (r"mamba_d_head|mamba_head_?dim", 16),
-    (r"(swa_|global_|linear_(key_|value_)?|attention_|qk_)?head_dim|dim_head|d_head|kv_channels|attention_head_(size|dim)|v_head_dim|qk_nope_head_dim|index_head_dim|d_kv", 16),
+    (
+        r"(swa_|global_|linear_(key_|value_)?|attention_|qk_)?head_dim|dim_head|d_head|kv_channels|"
+        r"attention_head_(size|dim)|v_head_dim|qk_nope_head_dim|index_head_dim|d_kv", 16,
+    ),
     (r"qk_rope_head_dim|rotary_dim", 8),
     (r"kv_lora_rank|o_lora_rank|.*_rank", 16),
     (r"q_lora_rank", 32),
     (r"moe_intermediate_size|expert_ffn_hidden_size|.*expert.*_intermediate_size", 32),
-    (r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|dff|n_inner|feed_forward_size|intermediate_size_mlp)", 128),
-    (r"hidden_size(_global)?|adapter_(in|out)_dim|adapter_input_size|d_model|n_embd|emb_dim|embedding_dim|embedding_size|word_embed_proj_dim|.*embedding_size|attention_hidden_size|lru_width|d_inner|backbone_hidden_size|dim_model_base|.*embed_dim|router_hidden_size|prompt_mid_dim", 64),
+    (
+        r"(.*_)?(intermediate_size|ffn_dim|ffn_hidden_size|dim_ff|dff|n_inner|feed_forward_size|intermediate_size_mlp)",
+        128,
+    ),
+    (
+        r"hidden_size(_global)?|adapter_(in|out)_dim|adapter_input_size|d_model|n_embd|emb_dim|"
+        r"embedding_dim|embedding_size|word_embed_proj_dim|.*embedding_size|attention_hidden_size|"
+        r"lru_width|d_inner|backbone_hidden_size|dim_model_base|.*embed_dim|router_hidden_size|"
+        r"prompt_mid_dim", 64,
+    ),
     (r"(n_routed_|num_local_|moe_num_|num_)?experts|n_routed_experts|num_experts", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts", 2),
     (r"n_group|topk_group|num_expert_group|n_groups|o_groups", 1),
@@ -110,6 +130,7 @@ SPECIAL: Mapping[str, tuple[Mapping[str, Any], str]] = {
 }  # fmt: skip
 """What a type needs beside the rules, and why."""
 
+
 def small_config(model_type: str) -> PretrainedConfig:
     """A config of a type whose model has thousands of parameters, in bfloat16."""
     cls = CONFIG_MAPPING[model_type]
@@ -156,13 +177,22 @@ def shrunk(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, A
         chosen = one_of_each(kinds)
         few = max(2, len(chosen))
         chosen = (chosen * 2)[:few]
-        for key in ("layer_types", "layers_block_type"):
+        for key in KINDS:
             if values.get(key):
                 small[key] = chosen
         small |= {k: few for k in DEPTHS if isinstance(values.get(k), int)}
     for key, value in values.items():
-        if isinstance(value, list) and depth and len(value) == depth and key not in ("layer_types", "layers_block_type"):
-            small[key] = list(one_of_each(value) * few)[:few] if all(not isinstance(v, float) for v in value) else value[:few]
+        if (
+            isinstance(value, list)
+            and depth
+            and len(value) == depth
+            and key not in ("layer_types", "layers_block_type")
+        ):
+            small[key] = (
+                list(one_of_each(value) * few)[:few]
+                if all(not isinstance(v, float) for v in value)
+                else value[:few]
+            )
     for key in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
         heads = values.get("num_attention_heads")
         if isinstance(values.get(key), int) and heads:
@@ -175,6 +205,7 @@ def shrunk(values: Mapping[str, Any], special: Mapping[str, Any]) -> dict[str, A
     return small | dict(special)
 
 
+KINDS = ("layer_types", "layers_block_type")
 DEPTHS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "num_decoder_layers",
 )  # fmt: skip

@@ -16,17 +16,20 @@ from .capture_attention import NAME, Uncarried
 from .capture_attention import register as register_attention
 from .capture_experts import register as register_experts
 from .capture_model import Subject, constants, subject, ties
+from .capture_stretches import stretches_of, traced_in_stretches
 from .certify import certified
 from .errors import Refused
 from .expert_weights import checkpoint, split_state
-from .export_module import export_graph
+from .export_module import export_graph, quiet
 from .fold import fold
 from .joins import undo_joins
 from .program import Program, WeightSource
 from .shards import nothing
 from .source import InMemory, ShapesOnly
+from .stretch import Stretches
 from .templates import expand, marked
 
+ATTENTION = torch.ops.qc.attention.default
 EXAMPLE = (2, 7)
 """Batch and length of the example on which a model is traced; both stay open."""
 
@@ -104,7 +107,7 @@ def capture_subject(
     what: Subject, *, example: Mapping[str, Tensor] | None = None, source: WeightSource | None = None
 ) -> Program:
     """Capture without comparing: see ``capture``."""
-    owner, graph, made, notes = _export(what, example)
+    owner, graph, made, notes, attention, stretches = _export(what, example)
     lost = sorted(name for name, tensor in made.items() if tensor.device.type == "meta")
     if lost:
         raise Refused(
@@ -128,6 +131,8 @@ def capture_subject(
         constants=constants(owner, what) | made,
         config=what.config,
         path=None if what.path is None else str(what.path),
+        attention=attention,
+        stretches=stretches,
         notes=(*notes, *unfolded, *skips(graph, parts)),
     )
 
@@ -150,25 +155,29 @@ def _has_weights(path: Path) -> bool:
 
 def _export(
     what: Subject, example: Mapping[str, Tensor] | None
-) -> tuple[nn.Module, fx.Graph, dict[str, Tensor], list[str]]:
-    """Export with the attention op, or else with the fused attention, or else with the written-out one."""
+) -> tuple[nn.Module, fx.Graph, dict[str, Tensor], list[str], str | None, dict[str, Stretches]]:
+    """Export with the attention op, or else with the fused attention, or else with the written-out one.
+
+    A model that does not ask the attention interface may not be told of an implementation that it does not know:
+    it would build masks for it all the same.
+    """
     hosted = what.module is None or isinstance(what.module, PreTrainedModel)
     failures: list[tuple[str, Exception]] = []
     for implementation in (NAME, "sdpa", "eager") if hosted else (None,):
         try:
             owner = what.on_meta(implementation)
-            graph, made = _trace(owner, example)
+            stretches = _stretches(owner, example)
+            with traced_in_stretches(owner, stretches):
+                graph, made = _trace(owner, example)
+            if implementation == NAME and not graph.find_nodes(op="call_function", target=ATTENTION):
+                raise Uncarried("the model does not use the attention interface")
         except Refused:
             raise
         except Exception as error:  # whatever the model's own code, transformers or the exporter raises
             failures.append((implementation or "as it is", error))
             continue
         notes = [f"attention was not captured as {tried}: {reason(error)}" for tried, error in failures]
-        if implementation == NAME and not graph.find_nodes(
-            op="call_function", target=torch.ops.qc.attention.default
-        ):
-            notes.append("the model does not use the attention interface: its attention is inline")
-        return owner, graph, made, notes
+        return owner, graph, made, notes, implementation, stretches
     tried = "\n".join(f"  with attention {name}: {reason(error)}" for name, error in failures)
     raise Refused(
         f"the model cannot be traced:\n{tried}\n"
@@ -181,6 +190,21 @@ def reason(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     name = "" if isinstance(error, Uncarried) else f"{type(error).__name__}: "
     return f"{name}{text[:200]}"
+
+
+def _stretches(owner: nn.Module, example: Mapping[str, Tensor] | None) -> dict[str, Stretches]:
+    """The modules that have no graph with an open length; none where the model does not run on meta to find out."""
+    wrapper = _wrapped(owner, example)
+
+    def run(batch: int, length: int) -> None:
+        ids = torch.zeros(batch, length, dtype=torch.int64, device="meta")
+        wrapper(ids, torch.ones_like(ids))
+
+    try:
+        with quiet():
+            return stretches_of(owner, run)
+    except Exception:  # whatever the model's own code raises on meta, it will raise again when it is traced
+        return {}
 
 
 def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[fx.Graph, dict[str, Tensor]]:
@@ -201,21 +225,22 @@ def _trace(owner: nn.Module, example: Mapping[str, Tensor] | None) -> tuple[fx.G
 
 def _exported(owner: nn.Module, example: Mapping[str, Tensor] | None) -> fx.GraphModule:
     ids = torch.zeros(EXAMPLE, dtype=torch.int64, device="meta")
+    axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = export_graph(_wrapped(owner, example), (ids, torch.ones_like(ids)), (axes, axes))
+    _check_open(exported)
+    return exported
+
+
+def _wrapped(owner: nn.Module, example: Mapping[str, Tensor] | None) -> nn.Module:
+    """A model as a function of token ids and their mask to one tensor."""
     if example is not None:
         unknown = set(example) - {"input_ids", "attention_mask"}
         if unknown or "input_ids" not in example:
             raise Refused("example inputs are input_ids and, where the module takes one, attention_mask")
-        wrapper: nn.Module = Result(owner, tuple(example))
-    elif isinstance(owner, PreTrainedModel):
-        wrapper = Logits(owner)
-    else:
-        raise Refused(
-            "a module that is no transformers model needs example inputs: example={'input_ids': ...}"
-        )
-    axes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    exported = export_graph(wrapper.eval(), (ids, torch.ones_like(ids)), (axes, axes))
-    _check_open(exported)
-    return exported
+        return Result(owner, tuple(example)).eval()
+    if isinstance(owner, PreTrainedModel):
+        return Logits(owner).eval()
+    raise Refused("a module that is no transformers model needs example inputs: example={'input_ids': ...}")
 
 
 def _check_open(exported: fx.GraphModule) -> None:

@@ -58,10 +58,10 @@ class Subject:
 
 def _copy_on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a module whose parameters and buffers are on meta; no weight is copied. Ties stay ties."""
-    main = weight_dtype(module)
+    main, kept_ones = weight_dtype(module), kept_dtypes(module)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        kept = dtype if parameter.dtype == main else parameter.dtype
+        kept = kept_ones.get(id(parameter)) or (dtype if parameter.dtype == main else parameter.dtype)
         memo[id(parameter)] = nn.Parameter(
             torch.empty(parameter.shape, dtype=kept, device="meta"),
             requires_grad=parameter.requires_grad,
@@ -69,6 +69,17 @@ def _copy_on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(module, memo)
+
+
+KEPT = "qc_kept_dtypes"
+"""Attribute of a model with random float32 weights: parameters that it would hold in another dtype than most."""
+
+
+def kept_dtypes(module: nn.Module) -> dict[int, torch.dtype]:
+    """Parameters, by identity, that a model holds in a dtype of their own whatever that of the others is."""
+    named: dict[str, torch.dtype] = getattr(module, KEPT, {})
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {id(parameters[name]): dtype for name, dtype in named.items() if name in parameters}
 
 
 def weight_dtype(module: nn.Module) -> torch.dtype:
@@ -199,12 +210,14 @@ def constants(model: nn.Module, what: Subject) -> dict[str, Tensor]:
     """Non-persistent buffers on CPU by qualified name; no checkpoint has them.
 
     They come from the module in memory, or are made by the model's own ``_init_weights``, run twice over
-    different garbage: what still differs was not made.
+    different garbage: what still differs was not made there. Such a buffer is made by the model's constructor,
+    which then runs again with its parameters on meta and its buffers in memory.
 
     Raises:
         Refused: A buffer that the model does not make itself.
     """
     found: dict[str, Tensor] = {}
+    built: dict[str, Tensor] | None = None
     for name, module in model.named_modules():
         local = sorted(
             module._non_persistent_buffers_set & {n for n, b in module._buffers.items() if b is not None}
@@ -217,13 +230,38 @@ def constants(model: nn.Module, what: Subject) -> dict[str, Tensor]:
             continue
         first, second = (_initialised(model, module, local, fill, what) for fill in (0, 1))
         for n in local:
-            if not torch.equal(first[n], second[n]):
+            if torch.equal(first[n], second[n]):
+                found[_join(name, n)] = first[n]
+                continue
+            built = _constructed(what) if built is None else built
+            if _join(name, n) not in built:
                 raise Refused(
                     f"the buffer {_join(name, n)} is in no checkpoint and the model does not make it.\n"
                     "Load the model with transformers and hand the module to qc.compile instead of its path."
                 )
-            found[_join(name, n)] = first[n]
+            found[_join(name, n)] = built[_join(name, n)]
     return found
+
+
+def _constructed(what: Subject) -> dict[str, Tensor]:
+    """The buffers that the constructor of a model makes, on CPU; its parameters go to meta as they are made."""
+    own = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        own(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    nn.Module.register_parameter = register
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(what.config), dtype=what.stored or what.dtype,
+                trust_remote_code=what.trust_remote_code,
+            )  # fmt: skip
+    finally:
+        nn.Module.register_parameter = own
+    return {n: b for n, b in model.named_buffers(remove_duplicate=False) if b.device.type == "cpu"}
 
 
 def _join(module: str, name: str) -> str:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .canon import symbolic
 from .capture_attention import NAME, finite_eager_masks
 from .capture_experts import use_experts
-from .capture_model import Subject, weight_dtype
+from .capture_model import Subject, kept_dtypes, weight_dtype
 from .errors import NotEquivalent, Refused
 from .execute import parameters_of, run
 from .narrow import Shrunk, shrunk_configs
@@ -122,11 +122,12 @@ def vocabulary(program: Program) -> int:
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy whose parameters of the main dtype are in ``dtype``; buffers stay what the model made them."""
-    main = weight_dtype(module)
+    main, kept = weight_dtype(module), kept_dtypes(module)
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        kept = dtype if parameter.dtype == main else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to(kept, copy=True), parameter.requires_grad)
+        own = kept.get(id(parameter)) or (dtype if parameter.dtype == main else parameter.dtype)
+        own = dtype if dtype == torch.float64 else own
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to(own, copy=True), parameter.requires_grad)
     return copy.deepcopy(module, memo).eval()
 
 
@@ -139,7 +140,7 @@ def _compare(
         given = {name: given[name] for name in example}
     if isinstance(module, PreTrainedModel):
         given["use_cache"] = False
-    backend = NAME if _has_attention_op(twin) else None
+    backend = twin.attention
     for dtype in (twin.dtype, torch.float32):
         model = in_dtype(module, dtype)
         use_experts(model, NAME)
@@ -154,7 +155,7 @@ def _compare(
             raise NotEquivalent(
                 f"the captured graph is not the model: on a twin in {dtype} logits differ by {worst:.3g}"
             )
-    if own and backend and isinstance(module, PreTrainedModel):
+    if own and backend == NAME and isinstance(module, PreTrainedModel):
         _compare_attention(module, given, mask)
 
 
@@ -181,8 +182,3 @@ def _logits(model: nn.Module, given: Mapping[str, Any]) -> Tensor:
     result = model(**given)
     result = getattr(result, "logits", result)
     return result[0] if isinstance(result, list | tuple) else result
-
-
-def _has_attention_op(program: Program) -> bool:
-    target = torch.ops.qc.attention.default
-    return bool(program.graph.find_nodes(op="call_function", target=target))

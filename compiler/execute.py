@@ -13,6 +13,7 @@ from .errors import Failed, Refused
 from .experts import COMBINED
 from .interpret import Semantics, call, interpret
 from .program import Leaf, Part, Program
+from .stretch import STRETCH, InFloat64, run_stretch
 
 Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 
@@ -102,6 +103,15 @@ class _Run:
     def attribute(self, node: fx.Node) -> Tensor:
         """The value of a get_attr node."""
         return self.get(str(node.target), node.meta["val"].dtype)
+
+    def stretch(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor:
+        """The value of a stretch of a module's own code."""
+        name, index, tensors, outs = fx.map_arg(node.args, lambda n: env[n])
+        module, known = self.program.root.get_submodule(name), self.program.stretches[name]
+        if self.semantics.dtype != torch.float64:
+            return run_stretch(module, known, index, tensors, outs)
+        with InFloat64():
+            return run_stretch(module, known, index, tensors, outs)
 
     def leaf(self, node: fx.Node, leaf: Leaf, args: tuple[Any, ...]) -> Tensor:
         """The value of a call_module node."""
@@ -228,6 +238,8 @@ def _value(run: _Run, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         if leaf is None:
             raise Failed(f"{node.target} is called but is no leaf of the program")
         return run.leaf(node, leaf, tuple(env[a] if isinstance(a, fx.Node) else a for a in node.args))
+    if node.target is STRETCH:
+        return run.stretch(node, env)
     return call(node, env, run.semantics)
 
 

@@ -155,11 +155,13 @@ def shrunk_configs(program: Program) -> Iterator[Shrunk]:
     values: dict[str, Any] = config.to_dict()
     numbers = {k: v for k, v in values.items() if type(v) is int and v > 1}
     depth = {k for k, v in numbers.items() if v == count and k not in _also_width(numbers, sizes, count)}
-    windows = {k for k, v in numbers.items() if v in literals and v > WINDOW and v not in sizes}
+    windows = {
+        k for k, v in numbers.items() if v in literals and v > WINDOW and v not in sizes and not _is_length(k)
+    }
     windows |= {k for k, v in numbers.items() if v in literals and "window" in k}
     rows = {leaf.parameters["weight"][0] for leaf in program.leaves.values() if leaf.kind == "embedding"}
     tables = {k for k, v in numbers.items() if v in rows and v > VOCABULARY and "position" not in k}
-    fixed = depth | windows | tables | {k for k in numbers if "position" in k}
+    fixed = depth | windows | tables | {k for k in numbers if _is_length(k)}
     widths = {k: v for k, v in numbers.items() if v in sizes and k not in fixed}
     cut: dict[str, Any] = dict.fromkeys(depth, layers) | dict.fromkeys(windows, WINDOW)
     cut |= {k: v[:layers] for k, v in values.items() if isinstance(v, list) and len(v) == count}
@@ -169,6 +171,11 @@ def shrunk_configs(program: Program) -> Iterator[Shrunk]:
         sizes_now = _narrowed(widths, products, counts)
         yield Shrunk(_rebuilt(config, values, cut | narrow | sizes_now), layers, True)
     yield Shrunk(_rebuilt(config, values, cut | narrow), layers, False)
+
+
+def _is_length(key: str) -> bool:
+    """Whether a key says how long inputs may be."""
+    return any(word in key for word in ("position", "seq_len", "max_length", "n_ctx"))
 
 
 def _also_width(numbers: Mapping[str, int], sizes: set[int], count: int) -> set[str]:

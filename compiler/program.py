@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 
 from .canon import cast_dtype
+from .stretch import Stretches
 
 Kind = Literal["linear", "embedding", "norm", "opaque"]
 
@@ -114,6 +115,10 @@ class Program:
     """The transformers config, where there is one."""
     path: str | None = None
     """Checkpoint directory, where there is one."""
+    stretches: Mapping[str, Stretches] = field(default_factory=dict)
+    """Modules whose own code runs between their linears (``qc::stretch``), by qualified name."""
+    attention: str | None = None
+    """The implementation of attention that a transformers model was captured with."""
     notes: tuple[str, ...] = ()
     """What a reader should know of the capture: backend used, leaves left unfolded and why."""
     twin: Program | None = None

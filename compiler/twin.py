@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .canon import hint
-from .capture_model import weight_dtype
+from .capture_model import KEPT, weight_dtype
 from .narrow import sizes_of
 from .program import Program
 from .show.text import text
@@ -32,6 +32,13 @@ def random_model(config: Any, like: nn.Module | None, dtype: torch.dtype) -> nn.
         else:
             assert isinstance(like, PreTrainedModel)
             model = type(like)._from_config(config, dtype=weight_dtype(like))
+    main = weight_dtype(model)
+    kept = {
+        name: p.dtype
+        for name, p in model.named_parameters()
+        if p.dtype.is_floating_point and p.dtype != main and p.dtype == torch.float32
+    }
+    setattr(model, KEPT, kept)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dtype.is_floating_point:

@@ -21,7 +21,11 @@ class Alike:
     last: int
 
     def __str__(self) -> str:
-        return f"experts {self.first} .. {self.last} alike" if self.last > self.first else f"expert {self.first} alike"
+        return (
+            f"experts {self.first} .. {self.last} alike"
+            if self.last > self.first
+            else f"expert {self.first} alike"
+        )
 
 
 def alike_experts(program: Program, part: Part) -> dict[fx.Node, Alike | None]:
