@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Every model type that transformers registers with a causal language model."""
 
-VOCABULARY, WINDOW, POSITIONS, EXPERTS = 96, 8, 64, 4
+VOCABULARY, WINDOW, POSITIONS, EXPERTS = 96, 8, 128, 4
 
 RULES: tuple[tuple[str, int], ...] = (
     (r".*token_(id|index)|.*_index|unk_index|mask_index", 1),

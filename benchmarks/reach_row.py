@@ -113,14 +113,19 @@ def _build(row: Row, state: dict[str, Any]) -> None:
                 parameter.add_(0.1 * noise)
     row.architecture = type(model).__name__
     row.parameters = sum(parameter.numel() for parameter in model.parameters())
+    state["float"] = state["model"] = model
     path = state["folder"] / "model"
     try:
         model.save_pretrained(path)
-        state["model"] = path
     except Exception as error:  # transformers can not save every model that it builds
         row.notes.append(f"compiled from memory: transformers does not save it ({type(error).__name__})")
-        state["model"] = model
-    state["float"] = model
+        return
+    if type(model.config) in AutoModelForCausalLM._model_mapping:
+        state["model"] = path
+    else:
+        row.notes.append(
+            f"compiled from memory: what is saved is a {model.config.model_type}, which has no such model"
+        )
 
 
 def _capture(row: Row, state: dict[str, Any]) -> None:

@@ -78,12 +78,16 @@ def _ops_of(model: nn.Module, run: Run, size: tuple[int, int]) -> dict[str, list
 
 
 def length_dependent(model: nn.Module, run: Run) -> list[str]:
-    """Modules with linears whose own ops depend on the length of the input, innermost first in graph order."""
+    """Modules whose own ops depend on the length of the input, innermost, in graph order; no whole models."""
     short, long = (_ops_of(model, run, size) for size in (SHORT, LONG))
-    found = [name for name in short if name and short[name] != long.get(name)]
-    modules = dict(model.named_modules())
-    inner = [n for n in found if not any(other.startswith(f"{n}.") for other in found)]
-    return [n for n in inner if any(isinstance(m, nn.Linear) for m in modules[n].modules())]
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
+    stack = max(lists, default=(0, ""))[1]
+    found = [n for n in short if n and short[n] != long.get(n) and not f"{stack}.".startswith(f"{n}.")]
+    return [n for n in found if not any(other.startswith(f"{n}.") for other in found)]
 
 
 @contextmanager
@@ -120,12 +124,17 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[
 
 def stretches_of(model: nn.Module, run: Run) -> dict[str, Stretches]:
     """What is known of every module that has to be traced in stretches; none for most models."""
-    names = length_dependent(model, run)
-    if not names:
-        return {}
-    with torch.no_grad(), _Numbers(), _watched(model, names) as calls:
-        for size in PROBES:
-            run(*size)
+    own = [(module, dict(module._buffers)) for module in model.modules()]
+    try:
+        names = length_dependent(model, run)
+        if not names:
+            return {}
+        with torch.no_grad(), _Numbers(), _watched(model, names) as calls:
+            for size in PROBES:
+                run(*size)
+    finally:  # a table of positions may have grown
+        for module, buffers in own:
+            module._buffers.update(buffers)
     found = {name: _stretches(model.get_submodule(name), calls[name]) for name in names}
     return {name: known for name, known in found.items() if known is not None}
 

@@ -27,6 +27,9 @@ SHAPE = (3, 21)
 PADDED = 6
 OWN_ATTENTION = 1e-6
 """Largest relative error, in float64, between the model with ``qc::attention`` and with its own attention."""
+SCANS = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Largest error, relative to the largest logit, where a model's own scans run: small products of theirs are rounded as
+the alignment of memory has it, so that the model itself does not repeat its logits bit for bit."""
 HEAVY = 2**30
 """Bytes of random weights above which a twin's size is announced."""
 
@@ -150,8 +153,9 @@ def _compare(
             want = _logits(model, given)
             got = run(twin, ids, mask, dtype=dtype)
         del model
-        if not torch.equal(want.nan_to_num(), got.nan_to_num()):
-            worst = float((want - got).abs().max())
+        limit = SCANS[dtype] if twin.stretches else 0.0
+        worst = float((want.nan_to_num().double() - got.nan_to_num().double()).abs().max())
+        if worst > limit * float(want.nan_to_num().abs().max()):
             raise NotEquivalent(
                 f"the captured graph is not the model: on a twin in {dtype} logits differ by {worst:.3g}"
             )

@@ -100,6 +100,14 @@ class _Run:
         """The tensor of a qualified name, in the dtype of execution."""
         return self.semantics.tensor(self.raw(name), declared)
 
+    def declared(self, name: str) -> torch.dtype:
+        """The dtype in which the model holds a parameter; a router may be float32 in a bfloat16 model."""
+        known = self.program.memory.setdefault("dtypes", {})
+        if name not in known:
+            module, _, local = name.rpartition(".")
+            known[name] = getattr(self.program.root.get_submodule(module), local).dtype
+        return known[name]
+
     def attribute(self, node: fx.Node) -> Tensor:
         """The value of a get_attr node."""
         return self.get(str(node.target), node.meta["val"].dtype)
@@ -135,10 +143,11 @@ class _Run:
             return self.linear(name, x, weight.t() if leaf.transposed else weight, bias)
         if leaf.casts:
             held = {local: self.raw(f"{name}.{local}") for local in leaf.parameters}
-            tensors = {local: self.semantics.tensor(t, self.program.dtype) for local, t in held.items()}
+            tensors = {n: self.semantics.tensor(t, self.declared(f"{name}.{n}")) for n, t in held.items()}
             return interpret(leaf.graph, (x,), tensors, self.semantics)
-        weight = self.semantics.tensor(self.raw(f"{name}.weight"), self.program.dtype)
-        bias = self.semantics.tensor(self.raw(f"{name}.bias"), self.program.dtype) if has_bias else None
+        declared = self.declared(f"{name}.weight")
+        weight = self.semantics.tensor(self.raw(f"{name}.weight"), declared)
+        bias = self.semantics.tensor(self.raw(f"{name}.bias"), declared) if has_bias else None
         if not leaf.transposed:
             return F.linear(x, weight, bias)
         assert bias is not None

@@ -44,7 +44,7 @@ class Stretch:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         parameters = {name: tuple(p.shape) for name, p in module.named_parameters() if name in used}
         kind, norm, transposed = kind_of(self.graph, parameters)
-        return Leaf(kind, self.graph, parameters, norm, transposed)
+        return Leaf(kind, self.graph, parameters, norm, transposed, partial=self.certain)
 
 
 def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:

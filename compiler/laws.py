@@ -192,6 +192,8 @@ LAWS: Mapping[Any, Law] = {
     aten.sub.Tensor: add,
     aten.mul.Tensor: mul,
     aten.mul.Scalar: mul,
+    aten.mul_.Tensor: mul,
+    aten.mul_.Scalar: mul,
     aten.div.Tensor: div,
     aten.div.Scalar: div,
     aten.relu.default: relu,

@@ -48,6 +48,8 @@ class Leaf:
     norm: Norm | None = None
     transposed: bool = False
     """A linear that stores its weight as [in, out] (GPT-2's Conv1D)."""
+    partial: bool = False
+    """Whether its module does more than this (a router of experts), so that no other can take its place."""
 
     @cached_property
     def casts(self) -> bool:

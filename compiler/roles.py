@@ -79,8 +79,8 @@ def peers(found: Iterable[tuple[tuple[str, ...], ...]]) -> dict[str, tuple[str, 
 def routers(program: Program) -> frozenset[str]:
     """Linears that stay float: a small error there sends a row elsewhere, and there is next to nothing to gain.
 
-    They are those from which the choice and the weights of experts are computed, and those with one output
-    channel, a number per row.
+    They are those from which the choice and the weights of experts are computed, those with one output channel, a
+    number per row, and those that are only a part of their module.
     """
     if "routers" not in program.memory:
         found: set[str] = set()
@@ -89,7 +89,7 @@ def routers(program: Program) -> frozenset[str]:
             if node.target is COMBINED:
                 for operand in node.args[:2]:
                     found |= {str(linear.target) for linear in feeding(program, operand)}
-            elif leaf is not None and leaf.kind == "linear" and shape(node)[-1] == 1:
+            elif leaf is not None and leaf.kind == "linear" and (leaf.partial or shape(node)[-1] == 1):
                 found.add(str(node.target))
         program.memory["routers"] = frozenset(found)
     return program.memory["routers"]

@@ -235,6 +235,11 @@ class Sketch:
                 for r in flow.readers
                 if r.labels != whole
             ]
+            moved += [
+                Obstacle(r.node, "it reads it from another part of the model, which is solved by itself")
+                for r in flow.readers
+                if r.node.meta.get("part") != start.meta.get("part")
+            ]
             obstacles = flow.obstacles + moved
             if not flow.readers:
                 obstacles.append(Obstacle(start, "no linear reads it"))

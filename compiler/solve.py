@@ -72,6 +72,7 @@ class Solver:
         self.needed = needed_after(plan.program)
         self.prover = Prover(plan, ids)
         self.quantizes_inputs = any(step.what.propagates_quantized for step in plan.steps)
+        self.held = {name: tensor.dtype for name, tensor in plan.program.root.state_dict().items()}
         self.float_stream: Stream | None = None
         self.quantized_stream: Stream | None = None
 
@@ -82,7 +83,25 @@ class Solver:
             self.report(Progress(part.name, part.index, len(parts), "load"))
             _PartSolver(self, part).run()
             release()
+        self._pass_on()
         return self.journal
+
+    def exported(self, name: str, tensor: Tensor) -> Tensor:
+        """A float tensor in the dtype in which it is announced: one that the model keeps in its own dtype keeps it."""
+        held = self.held.get(name)
+        kept = held is not None and held != self.plan.program.dtype
+        dtype = self.plan.program.source.dtype(name) if kept else self.plan.dtype
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    def _pass_on(self) -> None:
+        """Hand on the tensors that nothing in the graph reads (a vision tower, unused cross attention) as they are."""
+        program = self.plan.program
+        read = {name for part in program.parts for name in own_names(program, part)}
+        for name in program.source.names():
+            if name not in read and name not in self.plan.final.ties:
+                (tensor,) = program.source.load([name]).values()
+                program.source.check_finite(name, tensor)
+                self.sink(name, self.exported(name, tensor))
 
 
 class _PartSolver:
@@ -286,7 +305,7 @@ class _PartSolver:
                 self.solver.sink(f"{module}.{local}", tensor)
         for name, tensor in self.tensors.items():
             if name not in ties and name.rpartition(".")[0] not in self.quantized:
-                self.solver.sink(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+                self.solver.sink(name, self.solver.exported(name, tensor))
 
     def _advance(self) -> None:
         """Compute what the next part reads, and let the streams take it in."""
