@@ -15,6 +15,7 @@ import time
 import traceback
 import warnings
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,10 @@ def _capture(row: Row, state: dict[str, Any]) -> None:
 def _plan(row: Row, state: dict[str, Any]) -> None:
     from qc.compiler.plan import make_plan
 
-    options = {"scheme": "w8a8", "target": "modelslim"}
-    turned = make_plan(state["program"], "fuse_norms,rotate_residual", **options)
+    planned = partial(make_plan, state["program"], scheme="w8a8", target="modelslim")
+    turned = planned("fuse_norms,rotate_residual")
     (rewrite,) = turned.steps[1].answer.rewrites or (None,)
-    if rewrite is None:
+    if rewrite is None or rewrite.basis is None:
         row.rotation = " ".join(turned.steps[1].answer.problems)[:TEXT]
     else:
         row.rotated = "centred" if rewrite.basis.rotation.keeps_ones else "plain"
@@ -156,7 +157,7 @@ def _plan(row: Row, state: dict[str, Any]) -> None:
     passes = (
         "fuse_norms,rotate_residual,rotate_heads,linear_quant" if rewrite else "rotate_heads,linear_quant"
     )
-    plan = make_plan(state["program"], passes, **options)
+    plan = planned(passes)
     row.heads = len(plan.steps[-2].answer.rewrites)
     row.linears = sum("scheme" in node.meta for node in plan.final.graph.nodes)
     state["passes"] = passes

@@ -17,7 +17,7 @@ from tests.programs import relative
 HEADLINE = "iter_smooth,quarot,autoround{iters=2}"
 PLAIN = "iter_smooth,linear_quant"
 GAIN = "post_attention_layernorm multiplies by its gain, which only linears could take over"
-UNROTATED = dict.fromkeys(("gemma2", "gemma3"), GAIN)
+UNROTATED: dict[str, str] = dict.fromkeys(("gemma2", "gemma3"), GAIN)
 """Families whose residual stream can not be rotated, and what is in the way: norms behind attention and MLP."""
 CENTRED = ("olmo", "cohere", "stablelm", "gpt_neox", "opt", "gpt2")
 """Families whose norms subtract the mean."""

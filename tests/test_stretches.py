@@ -22,7 +22,9 @@ from tests.programs import captured, relative
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "dtype": "bfloat16"}
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "mamba": lambda: MambaConfig(**SMALL, state_size=4, time_step_rank=4, conv_kernel=4),
-    "rwkv": lambda: RwkvConfig(**SMALL, rescale_every=0, context_length=64, attention_hidden_size=32, intermediate_size=64),
+    "rwkv": lambda: RwkvConfig(
+        **SMALL, rescale_every=0, context_length=64, attention_hidden_size=32, intermediate_size=64,
+    ),
     "qwen3_next": lambda: Qwen3NextConfig(
         **GQA | {"num_hidden_layers": 2}, head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4,
         linear_key_head_dim=8, linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2,
