@@ -62,12 +62,16 @@ def assign(graph: fx.Graph, stack: str, count: int) -> None:
             part = latest if latest < count or joined else epilogue
         else:
             part = own
-        if part < latest:
-            raise Refused(
-                f"blocks do not run in order: {node.name} of part {part} reads a value of part {latest}.\n"
-                "qc streams a model block by block and cannot hold this one."
-            )
+        if part < latest and not symbolic(node):  # a size is found again wherever it is used
+            raise _disordered(node, part, latest)
         node.meta["part"] = part
+
+
+def _disordered(node: fx.Node, part: int, latest: int) -> Refused:
+    return Refused(
+        f"blocks do not run in order: {node.name} of part {part} reads a value of part {latest}.\n"
+        "qc streams a model block by block and cannot hold this one."
+    )
 
 
 def regroup(graph: fx.Graph) -> fx.Graph:
@@ -107,8 +111,10 @@ def _copy_part(new: fx.Graph, index: int, nodes: list[fx.Node], values: dict[fx.
                 return sizes[expr]
             copy = _size(expr) or new.node_copy(node, carry)
             sizes[expr] = copy
-        else:
+        elif node in values:
             return values[node]
+        else:
+            raise _disordered(node, index, node.meta["part"])
         copy.meta = {**node.meta, "part": index}
         local[node] = copy
         return copy

@@ -53,8 +53,16 @@ def symbolic(node: fx.Node) -> bool:
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """The size with which a model was traced, without tying the symbol to it (which ``int`` would)."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    """The size with which a model was traced, without tying the symbol to it (which ``int`` would).
+
+    Raises:
+        ValueError: The size depends on the values of tensors.
+    """
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise ValueError(f"the size {size} of a tensor depends on the values of tensors")
+    return int(size.node.hint)
 
 
 def cast_dtype(node: fx.Node) -> torch.dtype | None:

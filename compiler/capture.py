@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .blocks import skips, split
-from .canon import canonical
+from .canon import canonical, hint
 from .capture_attention import NAME, Uncarried
 from .capture_attention import register as register_attention
 from .capture_experts import register as register_experts
@@ -32,6 +33,9 @@ from .templates import expand, marked
 ATTENTION = torch.ops.qc.attention.default
 EXAMPLE = (2, 7)
 """Batch and length of the example on which a model is traced; both stay open."""
+
+MIXED = ("same dtype", "scalar type")
+"""What torch says of code that mixes dtypes, and so runs in no other than float32."""
 
 
 def _same_sizes(input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -97,10 +101,23 @@ def capture(
     register_attention()
     register_experts()
     what = subject(model, config=config, trust_remote_code=trust_remote_code)
-    program = capture_subject(what, example=example, source=source)
-    if certify:
-        program = certified(program, what, example, lambda w: capture_subject(w, example=example))
-    return program
+
+    def captured(what: Subject) -> Program:
+        program = capture_subject(what, example=example, source=source)
+        if not certify:
+            return program
+        return certified(program, what, example, lambda w: capture_subject(w, example=example))
+
+    try:
+        return captured(what)
+    except (RuntimeError, Refused) as error:
+        if not any(words in str(error) for words in MIXED):
+            raise
+        try:
+            program = captured(replace(what, dtype=torch.float32))
+        except Exception:
+            raise error from None
+        return replace(program, notes=(*program.notes, f"captured in float32: {reason(error)}"))
 
 
 def capture_subject(
@@ -114,6 +131,9 @@ def capture_subject(
             f"the model makes {len(lost)} tensors from numbers while it runs; on meta they are lost.\n"
             "qc cannot compile a model whose code holds constants of its own."
         )
+    held = constants(owner, what) | made
+    for name, tensor in made.items():
+        owner.register_buffer(name, tensor, persistent=False)
     leaves, unfolded = fold(graph, owner)
     graph, parts = split(graph, owner, leaves)
     graph.lint()
@@ -128,7 +148,7 @@ def capture_subject(
         source=source,
         dtype=what.dtype,
         ties=names,
-        constants=constants(owner, what) | made,
+        constants=held,
         config=what.config,
         path=None if what.path is None else str(what.path),
         attention=attention,
@@ -165,10 +185,7 @@ def _export(
     failures: list[tuple[str, Exception]] = []
     for implementation in (NAME, "sdpa", "eager") if hosted else (None,):
         try:
-            owner = what.on_meta(implementation)
-            stretches = _stretches(owner, example)
-            with traced_in_stretches(owner, stretches):
-                graph, made = _trace(owner, example)
+            owner, graph, made, stretches = _attempt(what, example, implementation)
             if implementation == NAME and not graph.find_nodes(op="call_function", target=ATTENTION):
                 raise Uncarried("the model does not use the attention interface")
         except Refused:
@@ -192,7 +209,29 @@ def reason(error: Exception) -> str:
     return f"{name}{text[:200]}"
 
 
-def _stretches(owner: nn.Module, example: Mapping[str, Tensor] | None) -> dict[str, Stretches]:
+def _attempt(
+    what: Subject, example: Mapping[str, Tensor] | None, implementation: str | None
+) -> tuple[nn.Module, fx.Graph, dict[str, Tensor], dict[str, Stretches]]:
+    """Trace a model; where that fails and some of its modules ask for the values of tensors, those are opaque."""
+    owner = what.on_meta(implementation)
+    known = _stretches(owner, example)
+    try:
+        with traced_in_stretches(owner, known):
+            return owner, *_trace(owner, example), known
+    except Refused:
+        raise
+    except Exception:  # whatever the model's own code or the exporter raises
+        more = _stretches(owner, example, values=True)
+        if more.keys() <= known.keys():
+            raise
+        owner = what.on_meta(implementation)
+        with traced_in_stretches(owner, more):
+            return owner, *_trace(owner, example), more
+
+
+def _stretches(
+    owner: nn.Module, example: Mapping[str, Tensor] | None, values: bool = False
+) -> dict[str, Stretches]:
     """The modules that have no graph with an open length; none where the model does not run on meta to find out."""
     wrapper = _wrapped(owner, example)
 
@@ -202,7 +241,7 @@ def _stretches(owner: nn.Module, example: Mapping[str, Tensor] | None) -> dict[s
 
     try:
         with quiet():
-            return stretches_of(owner, run)
+            return stretches_of(owner, run, values)
     except Exception:  # whatever the model's own code raises on meta, it will raise again when it is traced
         return {}
 
@@ -244,8 +283,17 @@ def _wrapped(owner: nn.Module, example: Mapping[str, Tensor] | None) -> nn.Modul
 
 
 def _check_open(exported: fx.GraphModule) -> None:
-    """Refuse a graph that holds for one batch size or one length only."""
+    """Refuse a graph that holds for one batch size or one length only.
+
+    Raises:
+        Refused: The batch size or the length is a number in the graph.
+        ValueError: A tensor has as many elements as the values of other tensors say.
+    """
     ids = next(n for n in exported.graph.nodes if n.op == "placeholder" and n.target == "input_ids")
     for axis, size in zip(("batch size", "length"), ids.meta["val"].shape, strict=True):
         if isinstance(size, int):
             raise Refused(f"the model's code is specialised to one {axis} ({size}) when it is traced.")
+    for node in exported.graph.nodes:
+        val = node.meta.get("val")
+        for size in val.shape if isinstance(val, Tensor) else ():
+            hint(size)

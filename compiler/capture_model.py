@@ -228,7 +228,7 @@ def constants(model: nn.Module, what: Subject) -> dict[str, Tensor]:
             source = what.module.get_submodule(name)
             found |= {_join(name, n): source.get_buffer(n).detach().cpu().clone() for n in local}
             continue
-        first, second = (_initialised(model, module, local, fill, what) for fill in (0, 1))
+        first, second = (_initialised(_model_of(model, name), module, local, fill, what) for fill in (0, 1))
         for n in local:
             if torch.equal(first[n], second[n]):
                 found[_join(name, n)] = first[n]
@@ -266,6 +266,12 @@ def _constructed(what: Subject) -> dict[str, Tensor]:
 
 def _join(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
+
+
+def _model_of(model: nn.Module, name: str) -> nn.Module:
+    """The innermost model that holds a module: its ``_init_weights`` is the one that transformers calls for it."""
+    within = [other for n, other in model.named_modules() if f"{name}.".startswith(f"{n}." if n else "")]
+    return [other for other in within if isinstance(other, PreTrainedModel) or other is model][-1]
 
 
 def _initialised(

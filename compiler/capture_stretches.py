@@ -1,7 +1,8 @@
-"""Find the modules whose code depends on the length of the input, and trace them in stretches around their linears.
+"""Find the modules whose code has no graph, and trace them in stretches around their linears.
 
 Found by behaviour: the model runs on meta on a short and on a long input, and the ops that each module itself
-runs are compared. Where they differ there is a loop over the length, or over chunks of it.
+runs are compared. Where they differ there is a loop over the length, or over chunks of it. Other code asks for the
+values of tensors: which experts were hit, how many.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .stretch import ACTIVE, STRETCH, Size, Stretches
+from .canon import aten
+from .stretch import ACTIVE, STRETCH, Size, Stretches, unchanged
 
 SHORT, LONG = (2, 7), (2, 600)
 """Batch and length of the inputs that are compared: the long one is longer than the chunks in use."""
@@ -39,13 +41,32 @@ class Called:
     result: Any = None
 
 
+ASK = frozenset({aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default,
+                 aten._unique2.default, aten.unique_consecutive.default})  # fmt: skip
+"""Ops whose result is a number, or has a size, that depends on the values of tensors."""
+
+
 class _Numbers(TorchDispatchMode):
-    """Numbers that code reads off tensors are zero on meta: a question that it asks is answered with no."""
+    """What code reads off the values of tensors is zero or empty on meta: a question that it asks is answered no."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype).item()
+        if func is aten.nonzero.default:
+            return args[0].new_empty((0, args[0].ndim), dtype=torch.int64)
+        if func is aten.masked_select.default:
+            return args[0].new_empty(0)
+        if func is aten.index.Tensor and (mask := _mask_of(func, args)) is not None:
+            place = [part is mask for part in args[1]].index(True)
+            return args[0].new_empty((*args[0].shape[:place], 0, *args[0].shape[place + mask.ndim :]))
         return func(*args, **(kwargs or {}))
+
+
+def _mask_of(func: Any, args: Any) -> Tensor | None:
+    """The boolean mask by which an op picks from its first operand."""
+    if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return None
+    return next((part for part in args[1] if part is not None and part.dtype == torch.bool), None)
 
 
 class _Ops(TorchDispatchMode):
@@ -56,7 +77,8 @@ class _Ops(TorchDispatchMode):
         self.running, self.found = running, dict[str, list[str]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found.setdefault(self.running[-1], []).append(str(func))
+        asked = aten.nonzero.default if _mask_of(func, args) is not None else func
+        self.found.setdefault(self.running[-1], []).append(str(asked))
         return func(*args, **(kwargs or {}))
 
 
@@ -77,17 +99,28 @@ def _ops_of(model: nn.Module, run: Run, size: tuple[int, int]) -> dict[str, list
     return ops.found
 
 
-def length_dependent(model: nn.Module, run: Run) -> list[str]:
-    """Modules whose own ops depend on the length of the input, innermost, in graph order; no whole models."""
+def _opaque(model: nn.Module, run: Run, values: bool) -> list[str]:
+    """Modules whose own ops depend on the length of the input, and with ``values`` those that ask for the values of
+    tensors: innermost, in graph order; no whole models."""
     short, long = (_ops_of(model, run, size) for size in (SHORT, LONG))
+    asking = {str(op) for op in ASK}
+    found = [n for n in short if short[n] != long.get(n) or (values and not asking.isdisjoint(short[n]))]
+    return _innermost([name for name in found if _inside(model, name)])
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of the model, and not what runs the stack of its blocks."""
     lists = [
         (sum(p.numel() for p in module.parameters()), name)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
     ]
     stack = max(lists, default=(0, ""))[1]
-    found = [n for n in short if n and short[n] != long.get(n) and not f"{stack}.".startswith(f"{n}.")]
-    return [n for n in found if not any(other.startswith(f"{n}.") for other in found)]
+    return bool(name) and not f"{stack}.".startswith(f"{name}.")
+
+
+def _innermost(names: Sequence[str]) -> list[str]:
+    return [n for n in dict.fromkeys(names) if not any(other.startswith(f"{n}.") for other in names)]
 
 
 @contextmanager
@@ -122,21 +155,25 @@ def _watched(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[
             hook.remove()
 
 
-def stretches_of(model: nn.Module, run: Run) -> dict[str, Stretches]:
-    """What is known of every module that has to be traced in stretches; none for most models."""
-    own = [(module, dict(module._buffers)) for module in model.modules()]
-    try:
-        names = length_dependent(model, run)
-        if not names:
-            return {}
-        with torch.no_grad(), _Numbers(), _watched(model, names) as calls:
-            for size in PROBES:
-                run(*size)
-    finally:  # a table of positions may have grown
-        for module, buffers in own:
-            module._buffers.update(buffers)
-    found = {name: _stretches(model.get_submodule(name), calls[name]) for name in names}
-    return {name: known for name, known in found.items() if known is not None}
+def stretches_of(model: nn.Module, run: Run, values: bool = False) -> dict[str, Stretches]:
+    """What is known of every module that has to be traced in stretches; none for most models.
+
+    A module that cannot be, since it is called twice or gives more than one tensor, leaves it to the one around it.
+    With ``values`` the modules that ask for the values of tensors are among them.
+    """
+    found: dict[str, Stretches] = {}
+    with unchanged(model):
+        names = _opaque(model, run, values)
+        while names:
+            with torch.no_grad(), _Numbers(), _watched(model, names) as calls:
+                for size in PROBES:
+                    run(*size)
+            known = {name: _stretches(model.get_submodule(name), calls[name]) for name in names}
+            found |= {name: one for name, one in known.items() if one is not None}
+            around = [name.rpartition(".")[0] for name, one in known.items() if one is None]
+            names = _innermost([name for name in around if _inside(model, name)])
+            found = {n: one for n, one in found.items() if not any(n.startswith(f"{m}.") for m in names)}
+    return found
 
 
 def _stretches(module: nn.Module, calls: list[Called]) -> Stretches | None:
@@ -145,7 +182,10 @@ def _stretches(module: nn.Module, calls: list[Called]) -> Stretches | None:
         return None
     first = calls[0]
     names = [name for name, _ in first.inputs]
-    once = [name for name in names if names.count(name) == 1]
+    empty = {
+        name for call in calls for name, x in call.inputs if not x.numel()
+    }  # as many rows as the values say
+    once = [name for name in names if names.count(name) == 1 and name not in empty]
     results = [[x for x in pytree.tree_leaves(call.result) if isinstance(x, Tensor)] for call in calls]
     if any(len(tensors) != 1 for tensors in results):
         return None

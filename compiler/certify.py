@@ -151,7 +151,14 @@ def _compare(
             model.set_attn_implementation(backend)
         with torch.no_grad():
             want = _logits(model, given)
-            got = run(twin, ids, mask, dtype=dtype)
+            try:
+                got = run(twin, ids, mask, dtype=dtype)
+            except RuntimeError as error:
+                what = " ".join(str(error).split())[:200]
+                raise NotEquivalent(
+                    f"the captured graph is not the model: it holds for one size of input only. On a batch of "
+                    f"{ids.shape[0]} with length {ids.shape[1]} it fails: {what}"
+                ) from error
         del model
         limit = SCANS[dtype] if twin.stretches else 0.0
         worst = float((want.nan_to_num().double() - got.nan_to_num().double()).abs().max())

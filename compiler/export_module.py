@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .capture_numbers import KeptNumbers
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep what the exporter prints about a failure off the terminal; the exception says it."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")]
+    names = ("torch.export", "torch.fx", "torch._dynamo", "torch._export", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -34,7 +37,7 @@ def export_graph(module: nn.Module, example: tuple[Any, ...], dynamic: tuple[Any
 
     Under ``no_grad`` no gradient mode is baked in, so the graph can still be differentiated.
     """
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), KeptNumbers():
         program = torch.export.export(
             module, example, dynamic_shapes=(dynamic,) if _variadic(module) else dynamic, strict=False
         )

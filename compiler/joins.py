@@ -23,6 +23,8 @@ def undo_joins(graph: fx.Graph) -> None:
     for join in [node for node in graph.nodes if node.target in JOINS]:
         operands = join.args[0]
         last = len(shape(join)) - 1
+        if last == 0:
+            continue  # numbers, not channels
         axis = join.args[1] if len(join.args) > 1 else 0
         if not isinstance(operands, list | tuple) or axis not in (-1, last):
             continue

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .canon import hint
 from .experts import COMBINED, ROUTED
 from .program import Leaf, Program
 
@@ -63,11 +64,6 @@ def is_tensor(node: Any) -> bool:
 def shape(node: fx.Node) -> tuple[int, ...]:
     """Concrete shape of a node's value: symbolic sizes are replaced by the example's sizes."""
     return tuple(hint(size) for size in node.meta["val"].shape)
-
-
-def hint(size: Any) -> int:
-    """The example's value of a size."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def operands(node: fx.Node) -> tuple[fx.Node, ...]:

@@ -103,12 +103,25 @@ def run_stretch(
     leaves = [next(entered) if constant is None else constant[0] for constant in known.constants]
     args, kwargs = pytree.tree_unflatten(leaves, known.tree)
     state = dict(zip(known.held, held, strict=True))
-    with _stubs(module, known, outs):
+    with unchanged(module), _stubs(module, known, outs):
         try:
             result = torch.func.functional_call(module, state, args, kwargs)
         except _Reached as reached:
             return reached.value
     return main_tensor(result)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Take back what code keeps in its modules while it runs: the state of a recurrence, a table that has grown."""
+    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
 
 
 def main_tensor(result: Any) -> Tensor:
