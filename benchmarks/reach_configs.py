@@ -102,6 +102,8 @@ SPECIAL: Mapping[str, tuple[Mapping[str, Any], str]] = {
     ),
     "lfm2_moe": ({"layer_types": ["conv", "full_attention"]}, "its default names no layer types"),
     "mamba2": ({"num_heads": 8, "head_dim": 16}, "heads and width have to agree"),
+    "musicgen": ({"num_codebooks": 1}, "one stream of tokens"),
+    "musicgen_melody": ({"num_codebooks": 1}, "one stream of tokens"),
     "nemotron_h": (
         {"mamba_num_heads": 8, "mamba_head_dim": 16, "num_hidden_layers": 4,
          "layers_block_type": ["mamba", "moe", "attention", "mlp"]},
@@ -131,9 +133,13 @@ SPECIAL: Mapping[str, tuple[Mapping[str, Any], str]] = {
 """What a type needs beside the rules, and why."""
 
 
+DECODERS = {"musicgen": "musicgen_decoder", "musicgen_melody": "musicgen_melody_decoder"}
+"""Types that are registered with the config of a whole pipeline, while their model takes that of its decoder."""
+
+
 def small_config(model_type: str) -> PretrainedConfig:
     """A config of a type whose model has thousands of parameters, in bfloat16."""
-    cls = CONFIG_MAPPING[model_type]
+    cls = CONFIG_MAPPING[DECODERS.get(model_type, model_type)]
     special, _ = SPECIAL.get(model_type, ({}, ""))
     values = shrunk(_defaults(cls), special)
     config = cls(**values)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .reach_configs import small_config
+from .reach_configs import DECODERS, small_config
 
 PATTERNS = ("norm_linear", "ov", "up_down", "linear_linear")
 STAGES = ("build", "capture", "plan", "compile", "load")
@@ -100,10 +101,12 @@ def _place(error: BaseException) -> str:
 
 
 def _build(row: Row, state: dict[str, Any]) -> None:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(row.type)).eval()
+    cls = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.type])
+    make = cls._from_config if row.type in DECODERS else transformers.AutoModelForCausalLM.from_config
+    model = make(small_config(row.type)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,12 +124,7 @@ def _build(row: Row, state: dict[str, Any]) -> None:
     except Exception as error:  # transformers can not save every model that it builds
         row.notes.append(f"compiled from memory: transformers does not save it ({type(error).__name__})")
         return
-    if type(model.config) in AutoModelForCausalLM._model_mapping:
-        state["model"] = path
-    else:
-        row.notes.append(
-            f"compiled from memory: what is saved is a {model.config.model_type}, which has no such model"
-        )
+    state["model"] = path
 
 
 def _capture(row: Row, state: dict[str, Any]) -> None:

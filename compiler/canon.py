@@ -107,6 +107,19 @@ def _plain_cast(graph: fx.Graph, node: fx.Node) -> None:
     node.kwargs = {}
 
 
+def _plain_lookup(node: fx.Node) -> None:
+    """Turn ``table[ids]``, rows of a parameter or buffer [n, channels], into ``aten.embedding(table, ids)``."""
+    if node.target is not aten.index.Tensor:
+        return
+    table, index = node.args
+    if not isinstance(table, fx.Node) or table.op != "get_attr" or table.meta["val"].ndim != 2:
+        return
+    if not isinstance(index, list | tuple) or len(index) != 1 or not isinstance(index[0], fx.Node):
+        return
+    if index[0].meta["val"].dtype in (torch.int64, torch.int32):
+        node.target, node.args = aten.embedding.default, (table, index[0])
+
+
 def _module_stack(node: fx.Node, strip: Callable[[str], str]) -> tuple[str, ...]:
     """Qualified names of the modules that were running, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -164,6 +177,7 @@ def canonical(module: fx.GraphModule, prefix: str, owner: nn.Module) -> tuple[fx
                 graph.erase_node(copy)
                 continue
             _plain_cast(graph, copy)
+            _plain_lookup(copy)
             if "device" in copy.kwargs:
                 copy.kwargs = {**copy.kwargs, "device": torch.device("cpu")}
     output = next(iter(reversed(graph.nodes)))

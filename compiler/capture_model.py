@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .capture_attention import NAME
 from .capture_experts import use_experts
 from .errors import Refused
+from .model_class import build, is_causal
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -43,13 +44,9 @@ class Subject:
                 if model.config._attn_implementation != attention:
                     raise ValueError(f"the model keeps its own attention instead of {attention}")
         else:
-            config = copy.deepcopy(self.config)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
-                    config,
-                    dtype=self.dtype,
-                    attn_implementation=attention,
-                    trust_remote_code=self.trust_remote_code,
+                model = build(
+                    self.config, self.dtype, attention=attention, trust_remote_code=self.trust_remote_code
                 )
         if experts is not None:
             use_experts(model, experts)
@@ -194,9 +191,8 @@ def _check_config(config: Any, where: str) -> None:
 
 
 def _check_causal(config: Any, where: str, trust_remote_code: bool) -> None:
-    known = type(config) in AutoModelForCausalLM._model_mapping
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if known or (remote and trust_remote_code):
+    if is_causal(config) or (remote and trust_remote_code):
         return
     if remote:
         raise Refused(
@@ -255,10 +251,7 @@ def _constructed(what: Subject) -> dict[str, Tensor]:
     nn.Module.register_parameter = register
     try:
         with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(what.config), dtype=what.stored or what.dtype,
-                trust_remote_code=what.trust_remote_code,
-            )  # fmt: skip
+            model = build(what.config, what.stored or what.dtype, trust_remote_code=what.trust_remote_code)
     finally:
         nn.Module.register_parameter = own
     return {n: b for n, b in model.named_buffers(remove_duplicate=False) if b.device.type == "cpu"}

@@ -31,6 +31,8 @@ class Stretch:
     graph: fx.Graph
     certain: bool
     """Whether it is one op, which needs no comparison with an export."""
+    partial: bool
+    """Whether the leaf computes more than this."""
 
     def key(self, module: nn.Module) -> tuple:
         """Equal for calls that fold alike: rank of the input, text, and what the module is and holds."""
@@ -44,7 +46,7 @@ class Stretch:
         used = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         parameters = {name: tuple(p.shape) for name, p in module.named_parameters() if name in used}
         kind, norm, transposed = kind_of(self.graph, parameters)
-        return Leaf(kind, self.graph, parameters, norm, transposed, partial=self.certain)
+        return Leaf(kind, self.graph, parameters, norm, transposed, partial=self.partial)
 
 
 def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
@@ -55,7 +57,10 @@ def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
         return None
     (given,), (result,) = boundary
     graph = leaf_graph(core or nodes, given, result, names)
-    return None if graph is None else Stretch(core or nodes, given, result, graph, core is not None)
+    if graph is None:
+        return None
+    more = core is not None and len(core) < sum(not symbolic(n) for n in nodes)
+    return Stretch(core or nodes, given, result, graph, core is not None, more)
 
 
 def _leaves(owner: nn.Module) -> dict[str, nn.Module]:
@@ -174,15 +179,10 @@ def fold(graph: fx.Graph, owner: nn.Module) -> tuple[dict[str, Leaf], list[str]]
     Modules without parameters stay inline, so that activations are visible, unless they are norms.
     """
     modules, aliases = _leaves(owner), _aliases(owner)
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        stack = node.meta.get("stack") or ("",)
-        if node.op == "call_function" and stack[-1].split("@")[0] in modules:
-            calls.setdefault(stack[-1], []).append(node)
     leaves: dict[str, Leaf] = {}
     unfolded: dict[str, list[str]] = {}
     known: dict[tuple, Leaf | None] = {}
-    for call, nodes in calls.items():
+    for call, nodes in _calls(graph, modules):
         name = call.split("@")[0]
         module = modules[name]
         plain = next(module.parameters(), None) is None
@@ -207,6 +207,22 @@ def fold(graph: fx.Graph, owner: nn.Module) -> tuple[dict[str, Leaf], list[str]]
     return leaves, [f"left unfolded, {why}: {_listed(names)}" for why, names in unfolded.items()]
 
 
+def _calls(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[tuple[str, list[fx.Node]]]:
+    """The nodes of every call of a leaf; they stand together, so what another module runs ends a call."""
+    calls: list[tuple[str, list[fx.Node]]] = []
+    running = ""
+    for node in graph.nodes:
+        if node.op != "call_function" or symbolic(node):
+            continue
+        call = (node.meta.get("stack") or ("",))[-1]
+        if call.split("@")[0] in modules:
+            if call != running:
+                calls.append((call, []))
+            calls[-1][1].append(node)
+        running = call
+    return calls
+
+
 def _listed(names: list[str]) -> str:
     """Names with their layer numbers taken out, and how many each pattern stands for."""
     counts = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
@@ -214,9 +230,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _embedding_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.Node] | None:
-    """The lookup alone, for a leaf that computes more than the rows it looks up; the rest stays inline."""
+    """The lookup alone; what else a leaf computes, before or after it, stays inline."""
     lookups = [n for n in nodes if n.target is aten.embedding.default]
-    if len(lookups) != 1 or sum(not symbolic(n) for n in nodes) == 1:
+    if len(lookups) != 1:
         return None
     table = lookups[0].args[0]
     own = isinstance(table, fx.Node) and table.op == "get_attr" and names.get(str(table.target)) == "weight"

@@ -99,6 +99,8 @@ def _on_rows(node: fx.Node, axes: int) -> bool:
     where: Any = node.args[1] if len(node.args) > 1 else 0
     if node.target is aten.index.Tensor:
         return len(where) < axes
+    if node.target is aten.expand.default:
+        return True
     if node.target is aten.unsqueeze.default:
         return where % (axes + 1) < axes
     return where % axes < axes - 1
@@ -164,7 +166,10 @@ def combined(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Pa
     return Passes(joins=tuple(y for y in ys if isinstance(y, fx.Node) and y is not operand))
 
 
-ROW_LAYOUT = (aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.index.Tensor)
+ROW_LAYOUT = (
+    aten.slice.Tensor, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.index.Tensor,
+    aten.expand.default,
+)  # fmt: skip
 """Layout ops that, with the width unchanged, act on the rows."""
 
 EVERYTHING = (

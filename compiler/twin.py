@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .canon import hint
 from .capture_model import KEPT, weight_dtype
+from .model_class import build
 from .narrow import sizes_of
 from .program import Program
 from .show.text import text
@@ -28,7 +29,7 @@ def random_model(config: Any, like: nn.Module | None, dtype: torch.dtype) -> nn.
     """
     with torch.random.fork_rng(devices=[]):
         if like is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = build(config, dtype)
         else:
             assert isinstance(like, PreTrainedModel)
             model = type(like)._from_config(config, dtype=weight_dtype(like))
