@@ -1,4 +1,4 @@
-"""The command line: ``qc compile``, ``plan``, ``show``, ``why``, ``eval``, ``generate``."""
+"""The command line: ``qc compile``, ``plan``, ``show``, ``why``, ``eval``, ``verify``, ``generate``."""
 
 from __future__ import annotations
 
@@ -105,6 +105,11 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--length", type=int, default=512)
     evaluate.add_argument("--json", action="store_true", help="for machines")
     evaluate.set_defaults(run=run_eval)
+    verify = commands.add_parser("verify", help="check an exported checkpoint against what it says of itself")
+    verify.add_argument("out", metavar="OUT")
+    verify.add_argument("--model", help="the checkpoint that it was made from: compare that one too")
+    verify.add_argument("--json", action="store_true", help="for machines")
+    verify.set_defaults(run=run_verify)
     generate = commands.add_parser("generate", help="let an exported checkpoint answer")
     generate.add_argument("out", metavar="OUT")
     generate.add_argument("prompt")
@@ -175,8 +180,8 @@ def run_compile(args: argparse.Namespace) -> None:
             " other experts of the layer, their weights are rounded to nearest. More --samples, or"
             " --calibrate-all-experts"
         )
-    if journal.proofs:
-        print(f"{journal.proofs} rewrites proved, largest error {journal.worst:.1g} (relative, float64)")
+    for line in journal.passes():
+        print(line)
     print(f"wrote {result.path}")
 
 
@@ -220,6 +225,7 @@ def run_why(args: argparse.Namespace) -> None:
     """``qc why``."""
     from . import registry
     from .capture import capture
+    from .show.text import around
 
     pattern = registry.get("patterns", args.pattern)
     program = capture(args.model, trust_remote_code=args.trust_remote_code)
@@ -234,6 +240,8 @@ def run_why(args: argparse.Namespace) -> None:
     miss = pattern.nearest(program, args.at)
     if miss is not None:
         print(f"nearest miss at {miss.at}: {miss.reason}")
+        if miss.node is not None:
+            print(around(program, miss.node))
     elif not below:
         print("nothing there looks like it: no attempt got as far as a reason")
 
@@ -264,6 +272,20 @@ def run_eval(args: argparse.Namespace) -> None:
         print(json.dumps({**dataclasses.asdict(found), **more}))
     else:
         print(format(found))
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """``qc verify``: 0 where everything is as it was written, 1 where something is wrong."""
+    import dataclasses
+
+    from .audit import audit
+
+    checks = audit(args.out, args.model)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        print(*checks, sep="\n")
+    return 1 if any(check.wrong for check in checks) else 0
 
 
 def run_generate(args: argparse.Namespace) -> None:

@@ -291,7 +291,7 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    write_manifest(path, _inputs(program, options), text)
+    write_manifest(path, _inputs(program, options), text, planned.rewrites)
 
 
 def _inputs(program: Program, options: Options) -> dict[str, Path]:

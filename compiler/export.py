@@ -336,18 +336,22 @@ def digests(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def write_manifest(directory: Path, inputs: Mapping[str, Path], plan: str) -> None:
+def write_manifest(
+    directory: Path, inputs: Mapping[str, Path], plan: str, rewrites: Mapping[str, int]
+) -> None:
     """Write ``qc_manifest.json``: versions, the plan, sha256 of every input and of every file written so far.
 
     Args:
         directory: The output, complete but for the manifest; ``run.json`` is left out.
         inputs: Files that the output depends on, by a name that says nothing of this machine.
         plan: The plan as text.
+        rewrites: How many rewrites each pass of the plan makes.
     """
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     manifest = {
         "versions": {name: version(name) for name in ("qc", "torch", "transformers")},
         "plan": plan,
+        "rewrites": dict(rewrites),
         "inputs": digests(inputs),
         "outputs": digests({name: path for name, path in files.items() if name not in (MANIFEST, RUN)}),
     }

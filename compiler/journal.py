@@ -27,7 +27,7 @@ class Journal:
     def proved(self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate) -> None:
         """An EXACT rewrite of one part, with its certificate."""
         self._add(part, rewrite, edits, certificate={
-            "math": _short(certificate.math), "rows": certificate.rows,
+            "math": _short(certificate.math), "stored": _short(certificate.stored), "rows": certificate.rows,
         })  # fmt: skip
 
     def changed(
@@ -70,6 +70,27 @@ class Journal:
         """Number of certificates."""
         return sum("certificate" in entry for entry in self.entries)
 
+    def passes(self) -> list[str]:
+        """One line per pass in the order of work: its rewrites, what was proved of them, how loud their noise is."""
+        return [_line(name, own, self._noise(own)) for name, own in self._by_pass().items()]
+
+    def _by_pass(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for entry in self.entries:
+            if "pass" in entry:
+                found.setdefault(entry["pass"], []).append(entry)
+        return found
+
+    def _noise(self, own: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Signal to noise, dB, of the linears that these entries quantized."""
+        sites = {entry["where"] for entry in own if entry["claim"] == "LOSSY"}
+        return sorted(
+            value
+            for entry in self.entries
+            for name, value in entry.get("sqnr_db", {}).items()
+            if name in sites
+        )
+
     @property
     def idle_experts(self) -> list[str]:
         """Experts that no calibration token was sent to."""
@@ -79,6 +100,19 @@ class Journal:
         """Write it as JSON lines."""
         lines = (json.dumps(entry, ensure_ascii=False) for entry in self.entries)
         (directory / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _line(name: str, own: Sequence[Mapping[str, Any]], noise: Sequence[float]) -> str:
+    sites = len({entry["where"] for entry in own})
+    text = f"{name}: {sites} {'rewrite' if sites == 1 else 'rewrites'}"
+    proofs = [entry["certificate"] for entry in own if "certificate" in entry]
+    if proofs:
+        math, stored = (max(proof[kind] for proof in proofs) for kind in ("math", "stored"))
+        text += f", proved in {len(proofs)} blocks" if len(proofs) > sites else ", proved"
+        text += f", largest error {math:.1e} (float64), {stored:.1e} as stored"
+    if noise:
+        text += f", signal to noise {noise[0]:.1f} to {noise[-1]:.1f} dB, median {noise[len(noise) // 2]:.1f}"
+    return text
 
 
 def _short(value: float) -> float:

@@ -156,8 +156,6 @@ def _install(
         if kind == FLOAT:
             continue
         where = f"{path}: {prefix}"
-        if kind not in FORMATS:
-            raise Refused(f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}")
         if f"{prefix}.weight" not in entries:
             raise Refused(f"{where} is {kind} by the description, but its weight is in no file")
         name = name_of(f"{prefix}.weight").removesuffix(".weight")
@@ -214,6 +212,22 @@ def _linear(
         raise Refused(
             f"{where} has an integer weight {list(weight.shape)}, the model's is {list(weight_there.shape)}"
         )
+    return format_on_meta(kind, prefix, entries, stored, where)
+
+
+def format_on_meta(
+    kind: str, prefix: str, entries: Mapping[str, Entry], stored: torch.dtype, where: str
+) -> IntegerLinear:
+    """The module on meta that holds the tensors ``prefix.*`` of a linear of type ``kind`` in a model of ``stored``.
+
+    Raises:
+        Refused: There is no such type, or the shapes are not those of one.
+    """
+    if kind not in FORMATS:
+        raise Refused(f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}")
+    weight = entries[f"{prefix}.weight"]
+    if len(weight.shape) != 2:
+        raise Refused(f"{where} has an integer weight of {len(weight.shape)} axes, a linear has 2")
     out_features, in_features = weight.shape
     options: dict[str, Any] = {}
     format = FORMATS[kind]

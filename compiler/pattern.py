@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from torch import fx
@@ -39,6 +39,8 @@ class NoMatch:
     reason: str
     at: str
     depth: int = 0
+    node: fx.Node | None = field(default=None, compare=False, repr=False)
+    """The value at which it failed."""
 
     def __bool__(self) -> bool:
         return False
@@ -75,7 +77,7 @@ class Pattern(Generic[M]):
                 if obstacle is None:
                     yield from descend(depth + 1, extended)
                 else:
-                    yield None, NoMatch(obstacle.reason, place(program, obstacle.node), depth)
+                    yield None, NoMatch(obstacle.reason, place(program, obstacle.node), depth, obstacle.node)
 
         seen: set[Any] = set()
         for match, miss in descend(0, {}):

@@ -68,6 +68,15 @@ class Plan:
             for step in self.steps
         )
 
+    @property
+    def rewrites(self) -> dict[str, int]:
+        """How many places of the model each pass rewrites, by the name of the pass."""
+        places: dict[str, set[str]] = {}
+        for step in self.steps:
+            for rewrite in step.answer.rewrites:
+                places.setdefault(rewrite.pass_name, set()).add(rewrite.where)
+        return {name: len(found) for name, found in places.items()}
+
     @cached_property
     def layout(self) -> Any:
         """Every tensor of the export."""

@@ -99,20 +99,23 @@ class Prover:
         base = {**neutral(program, part), **tensors}
         exact = Edited(program, base, rewrite.edits, values)
         kept = Edited(program, base, rewrite.edits, values, rounded=torch.float32)
+        cast = Edited(program, base, rewrite.edits, values, rounded=self.plan.dtype)
         where, again = f"{rewrite.pass_name} at {rewrite.where} ({part.name})", f"--passes up to {step.what}"
         if rewrite.basis is not None:  # every value of the part is another one
             math = error(proved.current, outcome(program, part, exact, self.env, bases), self.env)
             check(where, math, again)
+            stored = error(proved.current, outcome(program, part, cast, self.env, bases), self.env)
             proved.current, proved.values = outcome(program, part, kept, self.env, bases), None
-            return Certificate(math, self.ids.numel())
+            return Certificate(math, stored, self.ids.numel())
         if proved.values is None or proved.values.program is not program:
             proved.values = Values(program, part, Edited(program, base, (), {}), self.env, bases)
         now = proved.values
         math = error(proved.current, now.results(now.changed(rewrite.modules, exact)), self.env)
         check(where, math, again)
+        stored = error(proved.current, now.results(now.changed(rewrite.modules, cast)), self.env)
         now.values |= now.changed(rewrite.modules, kept)
         proved.current = now.results()
-        return Certificate(math, self.ids.numel())
+        return Certificate(math, stored, self.ids.numel())
 
     def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Error of a part with all its rewrites and its tensors cast to the dtype of export, against the original."""

@@ -31,6 +31,8 @@ class Certificate:
 
     math: float
     """Before against after, everything in float64."""
+    stored: float
+    """The same with the tensors that the rewrite changed cast to the dtype of export."""
     rows: int
     """Tokens it ran on, calibration text and random."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .api import load as load
     from .api import plan as plan
     from .api import show as show
+    from .api import verify as verify
     from .compiler.contract import EXACT as EXACT
     from .compiler.contract import LOSSY as LOSSY
     from .compiler.contract import Answer as Answer
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from .compiler.scheme import Scheme as Scheme
 
 _HOMES = {
-    ".api": ("capture", "compile", "evaluate", "generate", "load", "plan", "show"),
+    ".api": ("capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .compiler import compile as engine
+from .compiler.audit import audit as verify
 from .compiler.capture import capture
 from .compiler.contract import Pass
 from .compiler.errors import Refused
@@ -20,7 +21,7 @@ from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
 
-__all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show"]
+__all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"]
 
 
 def plan(

@@ -380,7 +380,7 @@ def test_the_manifest_hashes_inputs_and_outputs_but_not_what_varies(tmp_path: Pa
         out.mkdir()
         write_json(out / "config.json", {"a": 1})
         write_json(out / "run.json", {"seconds": times})
-        write_manifest(out, {"model.safetensors": tmp_path / "input"}, "plan\ntext")
+        write_manifest(out, {"model.safetensors": tmp_path / "input"}, "plan\ntext", {"fuse_norms": 3})
         manifests.append((out / "qc_manifest.json").read_bytes())
     assert manifests[0] == manifests[1]
     manifest = json.loads(manifests[0])

@@ -39,6 +39,18 @@ def text(program: Program, *, layer: int | None = None, part: Part | None = None
     return "\n".join(out) + "\n"
 
 
+def around(program: Program, node: fx.Node, count: int = 10) -> str:
+    """The ``count`` lines of a part around one value, which is marked with ``>``."""
+    part = next(part for part in program.parts if part.index == node.meta["part"])
+    order = {other: i for i, other in enumerate(program.nodes(part))}
+    found = list(rows(program, part, Sizes(program)))
+    at = max((i for i, row in enumerate(found) if order[row.node] <= order[node]), default=0)
+    start = max(0, min(at - count // 2, len(found) - count))
+    return "\n".join(
+        f"{'>' if start + i == at else ' '} {row.line()}" for i, row in enumerate(found[start : start + count])
+    )
+
+
 def _lines(program: Program, part: Part, sizes: Sizes) -> list[str]:
     return [f"  {row.line()}" for row in rows(program, part, sizes)]
 
