@@ -47,7 +47,8 @@ def around(program: Program, node: fx.Node, count: int = 10) -> str:
     at = max((i for i, row in enumerate(found) if order[row.node] <= order[node]), default=0)
     start = max(0, min(at - count // 2, len(found) - count))
     return "\n".join(
-        f"{'>' if start + i == at else ' '} {row.line()}" for i, row in enumerate(found[start : start + count])
+        f"{'>' if start + i == at else ' '} {row.line()}"
+        for i, row in enumerate(found[start : start + count])
     )
 
 
