@@ -141,7 +141,7 @@ class _Run:
             weight = self.raw(f"{name}.weight")
             bias = self.raw(f"{name}.bias") if has_bias else None
             return self.linear(name, x, weight.t() if leaf.transposed else weight, bias)
-        if leaf.casts:
+        if leaf.written_out:
             held = {local: self.raw(f"{name}.{local}") for local in leaf.parameters}
             tensors = {n: self.semantics.tensor(t, self.declared(f"{name}.{n}")) for n, t in held.items()}
             return interpret(leaf.graph, (x,), tensors, self.semantics)

@@ -54,6 +54,8 @@ def linear(graph: fx.Graph) -> bool | None:
             return None
         return False if isinstance(x, fx.Node) and x.op == "placeholder" else None
     core = [n for n in ops if op_name(n) not in LAYOUT]
+    if _is_product(ops):
+        return False
     if len(core) == 1 and core[0].target is aten.addmm.default:
         args = core[0].args
         (given,) = (n for n in graph.nodes if n.op == "placeholder")
@@ -67,6 +69,22 @@ def linear(graph: fx.Graph) -> bool | None:
             same = isinstance(result, fx.Node) and _sizes(result.meta["val"])[:-1] == _sizes(val)[:-1]
             return True if same else None
     return None
+
+
+def _is_product(ops: list[fx.Node]) -> bool:
+    """Whether ops are ``x @ weight.T``, or that plus the bias."""
+    turned = [n for n in ops if op_name(n) in ("numpy_T", "t", "transpose") and _is_attr(n.args[0], "weight")]
+    rest = [n for n in ops if n not in turned]
+    if len(turned) != 1 or not 1 <= len(rest) <= 2 or rest[0].target is not aten.matmul.default:
+        return False
+    x, weight = rest[0].args
+    if not (isinstance(x, fx.Node) and x.op == "placeholder" and weight is turned[0]):
+        return False
+    sums = rest[1:]
+    return all(
+        n.target is aten.add.Tensor and n.args[0] is rest[0] and _is_attr(n.args[1], "bias") and not n.kwargs
+        for n in sums
+    )
 
 
 def embedding(graph: fx.Graph) -> bool:

@@ -52,9 +52,13 @@ class Leaf:
     """Whether its module does more than this (a router of experts), so that no other can take its place."""
 
     @cached_property
-    def casts(self) -> bool:
-        """Whether it casts its parameters before it computes (a router of experts, to float32)."""
-        return any(cast_dtype(node) is not None for node in self.graph.nodes)
+    def written_out(self) -> bool:
+        """Whether a linear rounds otherwise than ``F.linear``: it casts its parameters before it computes (a router of
+        experts, to float32), or writes a product and a sum (Falcon)."""
+        return any(
+            cast_dtype(node) is not None or node.target is torch.ops.aten.matmul.default
+            for node in self.graph.nodes
+        )
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def sign(out: Path) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest))
 
 
-def tensors(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], None]:
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def mutate(out: Path) -> None:
         found = load_file(weights(out))
         change(found)
@@ -114,7 +114,7 @@ def nowhere(lines: list[dict]) -> None:
     lines[:] = [e for e in lines if (e.get("pass"), e.get("where")) != ("iter_smooth", where)]
 
 
-SPOILED: dict[str, tuple[Callable[[Path], None], str, str]] = {
+SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "an int4 of 8": (put(f"{PLAIN}.weight", first(8)), "values", "integers from"),
     "a scale of nan": (put(f"{PLAIN}.weight_scale", first(float("nan"))), "values", "not positive"),
     "a scale of 0": (put(f"{PLAIN}.weight_scale", first(0)), "values", "not positive"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..edit import Verb
-from ..laws import is_attention
+from ..laws import is_attention, shape
 from ..operand import Kronecker
 from ..roles import read_together, roles_of
 from ..safetensors_io import TensorSpec
@@ -132,7 +132,7 @@ def facts_of(plan: Plan) -> ModelFacts:
     program = plan.final
     linears = {site.name for site in sites_of(plan)}
     attentions = dict.fromkeys(
-        Heads(q.meta["val"].shape[1], v.meta["val"].shape[1], v.meta["val"].shape[3])
+        Heads(shape(q)[1], shape(v)[1], shape(v)[3])
         for q, v in ((node.args[0], node.args[2]) for node in program.graph.nodes if is_attention(node))
     )
     return ModelFacts(
