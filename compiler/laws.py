@@ -172,11 +172,7 @@ ROW_LAYOUT = (
 )  # fmt: skip
 """Layout ops that, with the width unchanged, act on the rows."""
 
-EVERYTHING = (
-    aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.clone.default,
-    aten.contiguous.default, aten.alias.default, aten.detach.default, aten.neg.default, aten.dropout.default,
-    aten.type_as.default, aten.lift_fresh_copy.default,
-)  # fmt: skip
+EVERYTHING = (aten.to.dtype, aten.clone.default, aten.contiguous.default, aten.neg.default)
 LAYOUT = (
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.transpose.int,
     aten.permute.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default,
