@@ -12,42 +12,54 @@ from .errors import Refused
 from .program import Leaf, Part
 
 
-def find_stack(graph: fx.Graph, owner: nn.Module) -> str:
-    """Name of the ``nn.ModuleList`` that owns most parameters among those all of whose children ran."""
-    ran = {name for node in graph.nodes for name in node.meta.get("stack", ())}
-    ran |= {str(node.target) for node in graph.nodes if node.op == "call_module"}
+def find_blocks(graph: fx.Graph, owner: nn.Module) -> tuple[str, ...]:
+    """Names of the decoder blocks: the modules of the ``nn.ModuleList`` with most parameters, all of which ran.
 
-    def size(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    found = [
-        (size(module), name)
-        for name, module in owner.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module)
-        and all(f"{name}.{i}" in ran for i in range(len(module)))
-    ]
-    if not found:
+    Without such a list, the siblings of one class with most parameters, in the order in which they ran.
+    """
+    ran: dict[str, None] = {}
+    for node in graph.nodes:
+        ran |= dict.fromkeys(str(name).partition("@")[0] for name in node.meta.get("stack", ()))
+        if node.op == "call_module":
+            ran[str(node.target)] = None
+    lists: list[tuple[str, ...]] = []
+    siblings: list[tuple[str, ...]] = []
+    for name, module in owner.named_modules():
+        children = {f"{name}.{key}" if name else key: child for key, child in module.named_children()}
+        if isinstance(module, nn.ModuleList) and children and all(child in ran for child in children):
+            lists.append(tuple(children))
+        for kind in dict.fromkeys(type(child) for child in children.values()):
+            alike = {
+                n for n, child in children.items() if type(child) is kind and next(child.children(), None)
+            }
+            if len(alike) > 1 and alike <= ran.keys():
+                siblings.append(tuple(n for n in ran if n in alike))
+    if not lists and not siblings:
         raise Refused(
-            "no stack of decoder blocks: no nn.ModuleList of the model runs all its children.\n"
-            "qc compiles block by block; give it a decoder-only model whose layers are in one ModuleList."
+            "no stack of decoder blocks: the model runs no modules of one class one after another.\n"
+            "qc compiles block by block; give it a decoder-only model that is made of blocks."
         )
-    return max(found)[1]
+
+    def size(names: tuple[str, ...]) -> int:
+        return sum(p.numel() for n in names for p in owner.get_submodule(n).parameters())
+
+    return max(lists or siblings, key=lambda names: (size(names), names))
 
 
 def _output(graph: fx.Graph) -> fx.Node:
     return next(iter(reversed(graph.nodes)))
 
 
-def assign(graph: fx.Graph, stack: str, count: int) -> None:
+def assign(graph: fx.Graph, names: tuple[str, ...]) -> None:
     """Write ``meta["part"]`` on every node: 0 prologue, 1..count blocks, count + 1 epilogue.
 
     What runs between two blocks outside of both goes to the first; so does, after the last block, what runs
     after the one before it.
     """
+    count = len(names)
     epilogue = count + 1
     strays: dict[int, list[object]] = {}
-    blocks = {f"{stack}.{i}": i + 1 for i in range(count)}
+    blocks = {name: i + 1 for i, name in enumerate(names)}
     for node in graph.nodes:
         latest = max((source.meta["part"] for source in node.all_input_nodes), default=0)
         own = next((blocks[name] for name in node.meta.get("stack", ()) if name in blocks), None)
@@ -166,19 +178,15 @@ def split(graph: fx.Graph, owner: nn.Module, leaves: Mapping[str, Leaf]) -> tupl
 
     Raises Refused where no stack of blocks is found or where blocks do not run one after another.
     """
-    stack = find_stack(graph, owner)
-    module = owner.get_submodule(stack)
-    assert isinstance(module, nn.ModuleList)
-    count = len(module)
-    assign(graph, stack, count)
+    names = find_blocks(graph, owner)
+    assign(graph, names)
     graph = regroup(graph)
     kinds: dict[str, int] = {}
     parts = [Part("prologue", 0, -1)]
-    for i in range(count):
-        name = f"{stack}.{i}"
+    for i, name in enumerate(names):
         text = block_text(graph, i + 1, name, leaves)
         parts.append(Part(name, i + 1, kinds.setdefault(text, len(kinds))))
-    parts.append(Part("epilogue", count + 1, -1))
+    parts.append(Part("epilogue", len(names) + 1, -1))
     return graph, tuple(parts)
 
 

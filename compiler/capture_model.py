@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .capture_attention import NAME
 from .capture_experts import use_experts
+from .capture_lists import registered
 from .errors import Refused
 from .model_class import build, is_causal
 
@@ -101,7 +102,7 @@ def subject(
         main = weight_dtype(model)
         given = config if config is not None else getattr(model, "config", None)
         _check_config(given, type(model).__name__)
-        return Subject(given, model, None, main if main in HALF else torch.bfloat16)
+        return Subject(given, registered(model), None, main if main in HALF else torch.bfloat16)
     if isinstance(model, PretrainedConfig):
         _check_config(model, type(model).__name__)
         return _to_build(model, None, trust_remote_code)

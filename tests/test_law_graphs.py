@@ -117,7 +117,9 @@ def number(target: Any) -> Callable[[Walk], None]:
 def sizes(walk: Walk) -> list[int]:
     """Other sizes for as many elements."""
     total = walk.labels.numel()
-    return [[total // walk.size[-1], walk.size[-1]], [1, -1, walk.size[-1]], [-1, 2 - total % 2], [total]][walk.choose(4)]
+    return [[total // walk.size[-1], walk.size[-1]], [1, -1, walk.size[-1]], [-1, 2 - total % 2], [total]][
+        walk.choose(4)
+    ]
 
 
 def views(target: Any) -> Callable[[Walk], None]:

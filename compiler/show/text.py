@@ -80,8 +80,10 @@ def _title(group: list[Part]) -> str:
     first, last = group[0], group[-1]
     if len(group) == 1:
         return first.name
-    stack = first.name.rpartition(".")[0]
-    return f"{stack}.{_number(first)}..{_number(last)} alike"
+    number = str(_number(first))
+    if not first.name.endswith(number):
+        return f"{first.name} to {last.name} alike"
+    return f"{first.name.removesuffix(number)}{number}..{_number(last)} alike"
 
 
 def _span(numbers: list[int]) -> str:
