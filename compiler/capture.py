@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .blame import blame, blame_node
 from .blocks import skips, split
 from .canon import canonical, hint
 from .capture_attention import NAME, Uncarried
@@ -196,9 +197,13 @@ def _export(
         notes = [f"attention was not captured as {tried}: {reason(error)}" for tried, error in failures]
         return owner, graph, made, notes, implementation, stretches
     tried = "\n".join(f"  with attention {name}: {reason(error)}" for name, error in failures)
+    places = dict.fromkeys(place for _, error in failures if (place := blame(error)))
+    where = "".join(f"  at {place}\n" for place in places)
     raise Refused(
-        f"the model cannot be traced:\n{tried}\n"
-        "A model whose Python code depends on the values of tensors has no graph; qc cannot compile it."
+        f"the model cannot be traced:\n{tried}\n{where}"
+        "A model whose Python code depends on the values of tensors has no graph, unless that code is in a module of"
+        " its own, inside the blocks, that gives one tensor: qc then keeps that module as it is. Move the line into"
+        " such a module, or rewrite it without looking at values (torch.where instead of if)."
     ) from failures[-1][1]
 
 
@@ -206,7 +211,7 @@ def reason(error: Exception) -> str:
     """What an exception says, in one line."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     name = "" if isinstance(error, Uncarried) else f"{type(error).__name__}: "
-    return f"{name}{text[:200]}"
+    return f"{name}{text[:400]}"
 
 
 def _attempt(
@@ -295,5 +300,8 @@ def _check_open(exported: fx.GraphModule) -> None:
             raise Refused(f"the model's code is specialised to one {axis} ({size}) when it is traced.")
     for node in exported.graph.nodes:
         val = node.meta.get("val")
-        for size in val.shape if isinstance(val, Tensor) else ():
-            hint(size)
+        try:
+            for size in val.shape if isinstance(val, Tensor) else ():
+                hint(size)
+        except ValueError as error:
+            raise ValueError(f"{error}, at {blame_node(node)}") from error

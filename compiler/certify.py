@@ -52,7 +52,7 @@ def certified(
     failures: list[str] = []
     for shrunk in shrunk_configs(program):
         try:
-            module = random_model(shrunk.config, what.module, what.dtype)
+            module = random_model(shrunk.config, what.module, what.dtype, what.trust_remote_code)
             twin = capture(replace(what, config=shrunk.config, module=module, path=None))
         except Exception as error:  # a config that the model's own code does not accept: try a wider one
             failures.append(str(error).strip().split("\n")[0][:160])

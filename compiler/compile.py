@@ -291,7 +291,14 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    write_manifest(path, _inputs(program, options), text, planned.rewrites)
+    write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
+
+
+def _remote_code(program: Program, options: Options) -> list[str]:
+    """Names of the Python files that came with the checkpoint and ran."""
+    if program.path is None or not options.trust_remote_code or not getattr(program.config, "auto_map", None):
+        return []
+    return sorted(file.name for file in Path(program.path).glob("*.py"))
 
 
 def _inputs(program: Program, options: Options) -> dict[str, Path]:

@@ -337,7 +337,11 @@ def digests(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_manifest(
-    directory: Path, inputs: Mapping[str, Path], plan: str, rewrites: Mapping[str, int]
+    directory: Path,
+    inputs: Mapping[str, Path],
+    plan: str,
+    rewrites: Mapping[str, int],
+    remote_code: Iterable[str] = (),
 ) -> None:
     """Write ``qc_manifest.json``: versions, the plan, sha256 of every input and of every file written so far.
 
@@ -346,12 +350,14 @@ def write_manifest(
         inputs: Files that the output depends on, by a name that says nothing of this machine.
         plan: The plan as text.
         rewrites: How many rewrites each pass of the plan makes.
+        remote_code: Python files of the checkpoint that ran, because they were trusted.
     """
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
     manifest = {
         "versions": {name: version(name) for name in ("qc", "torch", "transformers")},
         "plan": plan,
         "rewrites": dict(rewrites),
+        "remote_code": list(remote_code),
         "inputs": digests(inputs),
         "outputs": digests({name: path for name, path in files.items() if name not in (MANIFEST, RUN)}),
     }

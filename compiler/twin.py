@@ -22,14 +22,16 @@ SPREAD = 0.2
 """Standard deviation of what is added to a vector parameter (a gain, a bias) of the twin."""
 
 
-def random_model(config: Any, like: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+def random_model(
+    config: Any, like: nn.Module | None, dtype: torch.dtype, trust_remote_code: bool = False
+) -> nn.Module:
     """The model of a config on CPU with random float32 weights; its buffers are what it makes in ``dtype``.
 
     ``like`` is a model whose class, and whose dtype of buffers, it gets instead.
     """
     with torch.random.fork_rng(devices=[]):
         if like is None:
-            model = build(config, dtype)
+            model = build(config, dtype, trust_remote_code=trust_remote_code)
         else:
             assert isinstance(like, PreTrainedModel)
             model = type(like)._from_config(config, dtype=weight_dtype(like))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, PretrainedConfig, Qwen3NextConfig, RwkvConfig
 
 from benchmarks.random_llama import character_tokenizer
@@ -64,6 +65,49 @@ def test_linears_stay_visible_beside_the_scan(case: tuple[str, torch.nn.Module, 
         if program.leaf(node) is not None and any(source.target is STRETCH for source in node.all_input_nodes)
     }
     assert beside == LINEARS[name]
+
+
+class Picky(nn.Module):
+    """A module that asks for values: rows above zero go through one linear, the others through another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(16, 16)
+        self.high, self.low = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        out = torch.zeros_like(x)
+        for mask, linear in ((x[..., 0] > 0, self.high), (x[..., 0] <= 0, self.low)):
+            rows = mask.nonzero()
+            for row in rows:
+                out[row[0], row[1]] = linear(x[row[0], row[1]])
+        return out
+
+
+class Chooser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.steps = nn.ModuleList(Picky() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(input_ids)
+        for step in self.steps:
+            x = x + step(x)
+        return self.out(x)
+
+
+def test_a_module_that_asks_for_values_is_opaque_between_its_linears() -> None:
+    torch.manual_seed(0)
+    model = Chooser().eval()
+    program = capture(model, example={"input_ids": torch.zeros(2, 5, dtype=torch.int64)})
+    assert {name: known.linears for name, known in program.stretches.items()} == {
+        f"steps.{i}": ("enter",) for i in range(2)
+    }  # of the others the values decide on how many rows they run
+    ids = torch.randint(32, (3, 19), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(run(program, ids, dtype=torch.float32), model(ids), atol=1e-6)
 
 
 def test_models_without_a_scan_have_no_stretch() -> None:
