@@ -59,6 +59,8 @@ format: $(STAMP)  ## let ruff rewrite the sources
 bench: $(STAMP)  ## the measurements of docs/benchmarks.md (about an hour on 2 cores)
 	$(BIN)/python -m benchmarks.plan_cost
 	$(BIN)/python -m benchmarks.depth_memory
+	$(BIN)/python -m benchmarks.mutants
+	$(BIN)/python -m benchmarks.reach
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.accuracy
 

@@ -77,7 +77,11 @@ def audit(path: str | Path, model: str | Path | None = None) -> tuple[Check, ...
         return (*checks, Check("tensors", "", (str(error),)))
     modules, wrong = _modules(shards, description, dtype)
     checks.append(
-        Check("tensors", f"{len(shards.entries)}, of which {len(modules)} linears are integers", tuple(wrong))
+        Check(
+            "tensors",
+            f"{len(shards.entries)}, those of {len(modules)} integer linears among them",
+            tuple(wrong),
+        )
     )
     count, wrong = _values(path, modules, description)
     checks.append(Check("values", f"{count} numbers are finite and in range", tuple(wrong)))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from .capture_attention import NAME
+from .capture_class import build, is_causal
 from .capture_experts import use_experts
 from .capture_lists import registered
 from .errors import Refused
-from .model_class import build, is_causal
 
 HALF = (torch.bfloat16, torch.float16)
 

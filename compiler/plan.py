@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,7 @@ from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
 from .errors import Refused
 from .experts import ROUTED
 from .graph_edit import rewritten
+from .laws import is_attention
 from .program import Program
 from .roles import mixtures, roles_of
 from .scheme import Scheme, matches
@@ -151,6 +153,7 @@ def make_plan(
         bases += tuple(rewrite.basis for rewrite in answer.rewrites if rewrite.basis is not None)
         facts = (facts - one.breaks) | one.provides
     problems = folded(problems + unused_rules(scheme, program) + stored_together(current))
+    problems = problems or nothing_matches(steps)
     notes += remarks(program, scheme, roles)
     plan = Plan(
         program, tuple(steps), current, bases, scheme, target, dtype, tp, seed, tuple(problems), notes
@@ -319,6 +322,29 @@ def nothing_left(one: Pass, answer: Answer, current: Program) -> list[str]:
     return [
         f"{one.name} has nothing to do: passes before it have quantized every linear that it would take. Leave it"
         " out, or let the others leave some (include=..., exclude=...)"
+    ]
+
+
+def nothing_matches(steps: Iterable[Step]) -> list[str]:
+    """A plan none of whose passes finds anything in the model: what was found instead, and the nearest misses."""
+    steps = list(steps)
+    if not steps or any(step.answer.rewrites for step in steps):
+        return []
+    program = steps[0].program
+    leaves = [program.leaf(node) for part in program.blocks for node in program.nodes(part)]
+    found = Counter("other" if leaf.kind == "opaque" else leaf.kind for leaf in leaves if leaf is not None)
+    if found["linear"] and any(step.what.claim is LOSSY for step in steps):
+        return []  # they stay float because their scheme says so
+    found["attention"] = sum(is_attention(node) for node in program.graph.nodes)
+    there = ", ".join(f"{count} {kind} modules" for kind, count in found.items() if count)
+    asked = dict.fromkeys(pattern for step in steps for pattern in step.what.patterns)
+    misses = [
+        f"{p.name} at {miss.at}: {miss.reason}" for p in asked if (miss := p.nearest(program)) is not None
+    ]
+    return [
+        f"no pass of this plan finds anything in the model, whose blocks hold {there or 'no modules with weights'}"
+        + "".join(f"; nearest miss of {miss}" for miss in misses[:3])
+        + ". `qc show` prints the graph, `qc why MODEL PATTERN` says more"
     ]
 
 

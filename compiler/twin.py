@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .canon import hint
+from .capture_class import build
 from .capture_model import KEPT, weight_dtype
-from .model_class import build
 from .narrow import sizes_of
 from .program import Program
 from .show.text import text

@@ -14,7 +14,7 @@ from ..runtime.hadamard import has_hadamard
 from .fuse_norms import reads_besides_linears
 from .sites import width_in
 
-WITHOUT = "Leave quarot (rotate_residual) out for this model; smoothing and quantizers do without it"
+WITHOUT = "Leave quarot (rotate_residual) out for this model; smoothing, quantizers and online_rotation do without it"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,8 @@ def test_sessions_with_the_real_model(smollm2: Path, tmp_path: Path, monkeypatch
             status, got = Reader(page).run(command)
             assert status == 0, got
             assert alike(numbers_left_out(shown), numbers_left_out(got)), got
+            if "..." in shown:  # the page does not give them all
+                continue
             for want, found in zip(numbers(shown), numbers(got), strict=True):
                 assert found == pytest.approx(want, rel=0.1, abs=0.01), got
 
@@ -217,7 +219,7 @@ def test_every_verb_and_law_has_its_place() -> None:
     page = prose(ROOT / "docs" / "concepts.md")
     assert [verb.name for verb in Verb if f"`{verb.name}`" not in page] == []
     functions = {law.__name__ for law in LAWS.values()}
-    told = {"everything", "layout", "add", "mul", "div", "relu"}
+    told = {"everything", "layout", "add", "mul", "div", "relu", "routed", "combined"}
     assert functions == told, "docs/concepts.md has a table of the laws"
 
 

@@ -16,11 +16,12 @@ from qc.compiler.cli import main
 from qc.compiler.compile import plan as plan_of
 from qc.compiler.cost import cost_of
 from qc.compiler.memory import Run
+from qc.compiler.plan import make_plan
 from qc.compiler.plan_text import plan_json, plan_text
 from qc.compiler.scheme import W4A4, W8A8, Rule, Scheme
 from qc.passes.iter_smooth import IterSmooth
 from tests.plans import RTN, only, planned, schemes
-from tests.programs import config_of
+from tests.programs import Drawing, aten, config_of
 
 # Order.
 
@@ -370,3 +371,15 @@ def test_a_plan_is_the_same_for_the_same_seed_and_not_for_another() -> None:
 
 def test_floats_are_exported_in_the_models_dtype() -> None:
     assert planned("llama", RTN).dtype is torch.bfloat16
+
+
+def test_a_plan_that_finds_nothing_says_what_is_there_instead() -> None:
+    d = Drawing()
+    x = d.value("x", 2, 3, 8)
+    program = d.program(d.op(aten.gelu.default, d.opaque("blocks.0.box", x)))
+    for passes in ("iter_smooth", "linear_quant", "fuse_norms,rotate_heads"):
+        (problem,) = make_plan(program, passes, scheme="w8a8", target="modelslim").problems
+        assert problem.startswith(
+            "no pass of this plan finds anything in the model, whose blocks hold 1 other modules"
+        )
+        assert "qc show" in problem

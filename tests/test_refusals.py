@@ -139,7 +139,7 @@ def test_a_whole_command_with_the_certificate_of_its_capture(
     passes = ("--passes", "iter_smooth,quarot,linear_quant", "--calib", place.text, place.text)
     argv = ("compile", place.path, *passes, "--samples", "4", "--length", "24", "--out", out)
     assert main([str(word) for word in argv]) == 0
-    assert "rewrites proved" in capsys.readouterr().out
+    assert "rewrites, proved" in capsys.readouterr().out
     journal = (out / "qc_journal.jsonl").read_text()
     assert "keep the twin's logits" in journal
     assert relative(logits(load(out)), logits(load(place.path))) < 0.5

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import qc
 from benchmarks.random_llama import character_tokenizer
 from qc.compiler.cli import main
-from tests.families import GQA
+from tests.families import GQA, build
 from tests.homes import TEXT
 
 CODE = """
@@ -37,8 +36,7 @@ class HouseForCausalLM(LlamaForCausalLM):
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model type that no library knows."""
     path = tmp_path_factory.mktemp("remote") / "house"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**GQA)).to(torch.bfloat16).save_pretrained(path)
+    build(LlamaConfig(**GQA)).save_pretrained(path)
     character_tokenizer().save_pretrained(path)
     (path / "house.py").write_text(CODE)
     config = json.loads((path / "config.json").read_text())

@@ -339,6 +339,9 @@ def test_a_quantized_linear_without_a_tensor_of_its_own() -> None:
         def disk_tensors(self, name: str, spec: TensorSpec) -> dict[str, TensorSpec]:
             return {f"{LAYER}.attn.qkv.weight": spec} if "q_proj" in name else {name: spec}
 
+        def separable(self, name: str) -> bool:
+            return "q_proj" not in name
+
     with pytest.raises(Refused, match=r"q_proj: its weight shares a tensor"):
         VLLM_ASCEND.layout(parameters(), list(layer().values()), MODEL, Packed())
     kept = having(layer(), QKV[0], scheme=FLOAT)
