@@ -100,6 +100,10 @@ SPECIAL: Mapping[str, tuple[Mapping[str, Any], str]] = {
         },
         "the last layers share keys and values of earlier ones of their kind",
     ),
+    "jamba": (
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
+        "a layer that scans and one of attention",
+    ),
     "lfm2_moe": ({"layer_types": ["conv", "full_attention"]}, "its default names no layer types"),
     "mamba2": ({"num_heads": 8, "head_dim": 16}, "heads and width have to agree"),
     "musicgen": ({"num_codebooks": 1}, "one stream of tokens"),
@@ -108,6 +112,9 @@ SPECIAL: Mapping[str, tuple[Mapping[str, Any], str]] = {
         {"mamba_num_heads": 8, "mamba_head_dim": 16, "num_hidden_layers": 4,
          "layers_block_type": ["mamba", "moe", "attention", "mlp"]},
         "one layer of each kind that it knows",
+    ),
+    "recurrent_gemma": (
+        {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2}, "a layer that scans and one of attention",
     ),
     "reformer": (
         {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8], "num_hidden_layers": 2,

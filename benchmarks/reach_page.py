@@ -116,5 +116,6 @@ def _grouped(pairs: object) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that is safe in a table."""
+    """Text that is safe in a table, without the folders of the machine."""
+    text = re.sub(r"(?:/[\w.\-]+)+/", "", text)
     return f"{text[:220]}".replace("|", "/").replace("<", "&lt;").replace("\n", " ")

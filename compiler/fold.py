@@ -49,9 +49,11 @@ class Stretch:
         return Leaf(kind, self.graph, parameters, norm, transposed, partial=self.partial)
 
 
-def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
-    """What of a leaf's nodes can fold: all of them, or the lookup or linear of one that computes more."""
-    core = _embedding_core(nodes, names) or _linear_core(nodes, names)
+def _stretch(nodes: list[fx.Node], names: Mapping[str, str], whole: bool) -> Stretch | None:
+    """What of a leaf's nodes can fold: all of them if ``whole``, or the lookup or linear of one that computes more."""
+    core = _embedding_core(nodes, names) or _linear_core(nodes, names, whole)
+    if core is None and not whole:
+        return None
     boundary = _boundary(core or nodes, names)
     if boundary is None or len(boundary[0]) != 1 or len(boundary[1]) != 1:
         return None
@@ -59,17 +61,21 @@ def _stretch(nodes: list[fx.Node], names: Mapping[str, str]) -> Stretch | None:
     graph = leaf_graph(core or nodes, given, result, names)
     if graph is None:
         return None
-    more = core is not None and len(core) < sum(not symbolic(n) for n in nodes)
+    more = not whole or (core is not None and len(core) < sum(not symbolic(n) for n in nodes))
     return Stretch(core or nodes, given, result, graph, core is not None, more)
 
 
 def _leaves(owner: nn.Module) -> dict[str, nn.Module]:
-    """Modules without children, by every name under which they are reachable."""
+    """Modules without children, or with a weight of their own beside them, by every name that reaches them."""
     return {
         name: module
         for name, module in owner.named_modules(remove_duplicate=False)
-        if name and next(module.children(), None) is None
+        if name and (_childless(module) or "weight" in module._parameters)
     }
+
+
+def _childless(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
 
 
 def _aliases(owner: nn.Module) -> dict[int, list[str]]:
@@ -188,7 +194,7 @@ def fold(graph: fx.Graph, owner: nn.Module) -> tuple[dict[str, Leaf], list[str]]
         plain = next(module.parameters(), None) is None
         if plain and not any(word in str(n.target) for n in nodes for word in REDUCTIONS):
             continue
-        stretch = _stretch(nodes, _local(name, module, aliases))
+        stretch = _stretch(nodes, _local(name, module, aliases), _childless(module))
         if stretch is None:
             if not plain:
                 unfolded.setdefault("not a function of one tensor to one tensor", []).append(name)
@@ -239,10 +245,10 @@ def _embedding_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.N
     return lookups if own else None
 
 
-def _linear_core(nodes: list[fx.Node], names: Mapping[str, str]) -> list[fx.Node] | None:
+def _linear_core(nodes: list[fx.Node], names: Mapping[str, str], whole: bool) -> list[fx.Node] | None:
     """The linear alone, with the casts of its weight, for a leaf that computes more (a router of experts)."""
     linears = [n for n in nodes if n.target is aten.linear.default]
-    if len(linears) != 1 or sum(not symbolic(n) for n in nodes) == 1:
+    if len(linears) != 1 or (whole and sum(not symbolic(n) for n in nodes) == 1):
         return None
     core = [linears[0]]
     for role, operand in zip(("weight", "bias"), linears[0].args[1:], strict=False):
