@@ -19,6 +19,7 @@ from ..runtime.linear import IntegerLinear
 from .errors import Refused
 from .export import MANIFEST, RUN, digests
 from .journal import FILE as JOURNAL
+from .journal import quantized
 from .load import DESCRIPTION, FLOAT, format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
 from .shards import Shards, find_shards, read_json
@@ -279,12 +280,9 @@ def _certificates(path: Path, manifest: Mapping[str, Any], modules: Mapping[str,
         want, got = planned.get(name, 0), len(done.get(name, ()))
         if want != got:
             wrong.append(f"{name}: the plan has {want} rewrites, the journal {got}")
-    quantized = sum(
-        len(sites) for name, sites in done.items()
-        if any(entry.get("pass") == name and entry.get("claim") == "LOSSY" for entry in entries)
-    )  # fmt: skip
-    if quantized < len(modules):
-        wrong.append(f"{len(modules)} linears are integers, the journal tells of {quantized}")
+    swapped = sum(len(quantized(entry)) for entry in entries)
+    if swapped != len(modules):
+        wrong.append(f"{len(modules)} linears are integers, the journal tells of {swapped}")
     math_, stored = (
         max((float(p.get(k, math.nan)) for p in proofs), default=0.0) for k in ("math", "stored")
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .contract import Rewrite
+from .edit import Verb
 from .verify import Certificate
 
 FILE = "qc_journal.jsonl"
@@ -83,7 +84,7 @@ class Journal:
 
     def _noise(self, own: Sequence[Mapping[str, Any]]) -> list[float]:
         """Signal to noise, dB, of the linears that these entries quantized."""
-        sites = {entry["where"] for entry in own if entry["claim"] == "LOSSY"}
+        sites = {name for entry in own for name in quantized(entry)}
         return sorted(
             value
             for entry in self.entries
@@ -102,14 +103,23 @@ class Journal:
         (directory / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def quantized(entry: Mapping[str, Any]) -> list[str]:
+    """The linears that the rewrite of an entry replaces by quantized ones."""
+    verb = f"{Verb.SWAP.name.lower()} "
+    return [edit.split()[1] for edit in entry.get("edits", ()) if edit.startswith(verb)]
+
+
 def _line(name: str, own: Sequence[Mapping[str, Any]], noise: Sequence[float]) -> str:
     sites = len({entry["where"] for entry in own})
+    linears = sum(len(quantized(entry)) for entry in own)
     text = f"{name}: {sites} {'rewrite' if sites == 1 else 'rewrites'}"
     proofs = [entry["certificate"] for entry in own if "certificate" in entry]
     if proofs:
         math, stored = (max(proof[kind] for proof in proofs) for kind in ("math", "stored"))
         text += f", proved in {len(proofs)} blocks" if len(proofs) > sites else ", proved"
         text += f", largest error {math:.1e} (float64), {stored:.1e} as stored"
+    if linears:
+        text += f", {linears} {'linear' if linears == 1 else 'linears'} quantized"
     if noise:
         text += f", signal to noise {noise[0]:.1f} to {noise[-1]:.1f} dB, median {noise[len(noise) // 2]:.1f}"
     return text

@@ -20,6 +20,7 @@ from .laws import is_attention
 from .program import Program
 from .roles import mixtures, roles_of
 from .scheme import Scheme, matches
+from .sharing import consistent
 from .spelling import passes_of
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def make_plan(
             problems += [missing_fact(one, fact) for fact in sorted(lacking, key=lambda fact: fact.name)]
             answer = Answer(())
         else:
-            answer = one.rewrite(current, setting)
+            answer = consistent(current, one, one.rewrite(current, setting))
         problems += [f"{one.name}: {problem}" for problem in answer.problems]
         problems += unused_globs(one, current, setting)
         problems += after_quantizer(one, answer, current)
