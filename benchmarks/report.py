@@ -19,6 +19,8 @@ from .records import results_folder
 KEYS = ("row", "model", "layers")
 """What tells the rows of one benchmark apart, the first of these that a row has."""
 HIDDEN = ("when", "cores", "machine", "torch")
+ELSEWHERE = ("reach",)
+"""Benchmarks whose rows have a page of their own."""
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -30,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--into", type=Path, metavar="PAGE", help="replace what stands between the page's marks"
     )
     options = parser.parse_args(arguments)
-    files = sorted(options.folder.glob("*.jsonl"))
+    files = sorted(file for file in options.folder.glob("*.jsonl") if file.stem not in ELSEWHERE)
     if not files:
         parser.error(f"no results in {options.folder}: run a benchmark first (make bench)")
     text = "\n\n".join(section(file.stem, newest(rows_of(file))) for file in files)
