@@ -46,7 +46,10 @@ def killed_by(mutant: Mutant, family: str) -> str:
         found.append(mutant.spoil(graph))
         return graph, made
 
-    with patch.object(capturing, "canonical", spoiled):
+    own = patch.object(
+        capturing, "ATTENTIONS", (capturing.NAME,)
+    )  # eager attention would have nothing to spoil
+    with own, patch.object(capturing, "canonical", spoiled):
         try:
             capture(_config(family))
         except NotEquivalent as error:

@@ -20,7 +20,7 @@ from .capture_experts import register as register_experts
 from .capture_model import Subject, constants, subject, ties
 from .capture_stretches import stretches_of, traced_in_stretches
 from .certify import certified
-from .errors import Refused
+from .errors import NotEquivalent, Refused
 from .expert_weights import checkpoint, split_state
 from .export_module import export_graph, quiet
 from .fold import fold
@@ -32,6 +32,9 @@ from .stretch import Stretches
 from .templates import expand, marked
 
 ATTENTION = torch.ops.qc.attention.default
+EAGER = "eager"
+ATTENTIONS = (NAME, "sdpa", EAGER)
+"""Implementations of attention, in the order in which they are tried."""
 EXAMPLE = (2, 7)
 """Batch and length of the example on which a model is traced; both stay open."""
 
@@ -103,11 +106,24 @@ def capture(
     register_experts()
     what = subject(model, config=config, trust_remote_code=trust_remote_code)
 
-    def captured(what: Subject) -> Program:
-        program = capture_subject(what, example=example, source=source)
+    def captured(what: Subject, attentions: tuple[str, ...] = ATTENTIONS) -> Program:
+        program = capture_subject(what, example=example, source=source, attentions=attentions)
         if not certify:
             return program
-        return certified(program, what, example, lambda w: capture_subject(w, example=example))
+
+        def again(what: Subject) -> Program:
+            return capture_subject(what, example=example, attentions=attentions)
+
+        try:
+            return certified(program, what, example, again)
+        except NotEquivalent as error:  # its code may take the mask for another kind than ours
+            if program.attention != NAME or EAGER not in attentions:
+                raise
+            try:
+                other = captured(what, (EAGER,))
+            except Exception:
+                raise error from None
+            return replace(other, notes=(f"attention was not captured as {NAME}: {error}", *other.notes))
 
     try:
         return captured(what)
@@ -122,10 +138,14 @@ def capture(
 
 
 def capture_subject(
-    what: Subject, *, example: Mapping[str, Tensor] | None = None, source: WeightSource | None = None
+    what: Subject,
+    *,
+    example: Mapping[str, Tensor] | None = None,
+    source: WeightSource | None = None,
+    attentions: tuple[str, ...] = ATTENTIONS,
 ) -> Program:
-    """Capture without comparing: see ``capture``."""
-    owner, graph, made, notes, attention, stretches = _export(what, example)
+    """Capture without comparing: see ``capture``; ``attentions`` are tried in order."""
+    owner, graph, made, notes, attention, stretches = _export(what, example, attentions)
     lost = sorted(name for name, tensor in made.items() if tensor.device.type == "meta")
     if lost:
         raise Refused(
@@ -175,7 +195,7 @@ def _has_weights(path: Path) -> bool:
 
 
 def _export(
-    what: Subject, example: Mapping[str, Tensor] | None
+    what: Subject, example: Mapping[str, Tensor] | None, attentions: tuple[str, ...]
 ) -> tuple[nn.Module, fx.Graph, dict[str, Tensor], list[str], str | None, dict[str, Stretches]]:
     """Export with the attention op, or else with the fused attention, or else with the written-out one.
 
@@ -184,7 +204,7 @@ def _export(
     """
     hosted = what.module is None or isinstance(what.module, PreTrainedModel)
     failures: list[tuple[str, Exception]] = []
-    for implementation in (NAME, "sdpa", "eager") if hosted else (None,):
+    for implementation in attentions if hosted else (None,):
         try:
             owner, graph, made, stretches = _attempt(what, example, implementation)
             if implementation == NAME and not graph.find_nodes(op="call_function", target=ATTENTION):

@@ -178,6 +178,9 @@ def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
     stacks = {f"{n}.{s.name}": (n, s) for n, module in model.named_modules() for s in stacks_of(module)}
 
     def name_of(disk: str) -> str:
+        plain, _ = rename_source_key(disk, renamings, [], prefix, expected)
+        if plain in expected:
+            return plain
         module, _, leaf = disk.rpartition(".")
         whole, pattern = rename_source_key(f"{module}.weight", renamings, converters, prefix, expected)
         if pattern is not None and whole in stacks:

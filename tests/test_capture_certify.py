@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
+import qc.compiler.capture as capture_module
 import qc.compiler.capture_attention as capture_attention
 from qc.compiler.canon import op_name
 from qc.compiler.capture import capture, capture_subject
@@ -57,8 +58,22 @@ def test_a_dropped_soft_cap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         return own(*args, **kwargs)
 
     monkeypatch.setattr(capture_attention, "_forward", forward)
+    monkeypatch.setattr(capture_module, "ATTENTIONS", (capture_attention.NAME,))
     with pytest.raises(NotEquivalent, match="not the model's own"):
         capture(ALL["gemma2"]())
+
+
+def test_what_the_op_cannot_say_is_captured_as_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose code takes our mask for another kind (DeepSeek-V4) is captured with its own attention."""
+    own = capture_attention._forward
+
+    def forward(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(capture_attention, "_forward", forward)
+    program = capture(ALL["gemma2"]())
+    assert program.attention == "eager"
+    assert "not captured as qc: the attention that was captured is not the model's own" in program.notes[0]
 
 
 def test_a_mask_without_its_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +85,7 @@ def test_a_mask_without_its_window_is_caught(monkeypatch: pytest.MonkeyPatch) ->
         return own(*args, **kwargs | {"mask_function": causal_mask_function})
 
     monkeypatch.setattr(capture_attention, "_mask", mask)
+    monkeypatch.setattr(capture_module, "ATTENTIONS", (capture_attention.NAME,))
     with pytest.raises((NotEquivalent, Refused)):
         capture(ALL["mistral"]())
 
