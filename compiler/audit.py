@@ -288,7 +288,7 @@ def _certificates(path: Path, manifest: Mapping[str, Any], modules: Mapping[str,
     )
     return Check(
         "certificates",
-        f"{len(proofs)} proofs of {sum(planned.values())} rewrites, largest error {math_:.1e} (float64, limit "
+        f"{sum(planned.values())} rewrites as planned, {len(proofs)} proofs, largest error {math_:.1e} (float64, limit "
         f"{LIMIT:g}), {stored:.1e} as stored",
         tuple(sorted(wrong)),
     )  # fmt: skip
