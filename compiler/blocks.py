@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from .canon import aten, spell, symbolic
+from .canon import aten, mutates, spell, symbolic
 from .errors import Refused
 from .program import Leaf, Part
 
@@ -93,9 +93,32 @@ def regroup(graph: fx.Graph) -> fx.Graph:
     by_part: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         by_part.setdefault(node.meta["part"], []).append(node)
+    by_part[0] = _by_use(by_part[0], [node for index in sorted(by_part) if index for node in by_part[index]])
     for index in sorted(by_part):
         _copy_part(new, index, by_part[index], values)
     return new
+
+
+def _by_use(prologue: list[fx.Node], later: list[fx.Node]) -> list[fx.Node]:
+    """The nodes of the prologue in the order in which later parts need them: code may go through a set of layer types,
+    whose order is that of hashes. As they are where one of them writes into another."""
+    if any(mutates(node) for node in prologue):
+        return prologue
+    inside = set(prologue)
+    found = {node: None for node in prologue if node.op == "placeholder"}
+
+    def visit(node: fx.Node) -> None:
+        if node in inside and node not in found:
+            for source in node.all_input_nodes:
+                visit(source)
+            found[node] = None
+
+    for node in later:
+        for source in node.all_input_nodes:
+            visit(source)
+    for node in prologue:
+        visit(node)
+    return list(found)
 
 
 def _copy_part(new: fx.Graph, index: int, nodes: list[fx.Node], values: dict[fx.Node, fx.Node]) -> None:

@@ -15,6 +15,8 @@ from qc.compiler.cli import main
 from tests.checkpoints import save_float, save_quantized
 from tests.homes import Home
 
+pytestmark = pytest.mark.broad
+
 Command = Callable[..., tuple[int, str, str]]
 W8A8 = ("--passes", "linear_quant", "--scheme", "w8a8")
 

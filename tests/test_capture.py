@@ -323,3 +323,26 @@ def test_a_window_reaches_the_mask() -> None:
     assert f", {WINDOW})" in prologue
     wide = captured("llama")
     assert f", {WINDOW})" not in text(wide, part=wide.parts[0])
+
+
+class Tables(Small):
+    """A model that makes its tables in an order that says nothing."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.table(input_ids)
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)[:, None]
+        made = {name: place * {"a": 2.0, "b": 3.0}[name] for name in self.order}
+        for step, name in zip(self.steps, "aba", strict=True):
+            x = x + torch.relu(step(x) + made[name].to(x.dtype))
+        return self.out(x)
+
+
+def test_the_order_in_which_a_prologue_was_traced_says_nothing() -> None:
+    """A set of layer types is gone through in the order of hashes, which differs from process to process."""
+    example = {"input_ids": torch.zeros(2, 6, dtype=torch.int64)}
+    one, other = (text(capture(Tables(order), example=example, certify=False)) for order in ("ab", "ba"))
+    assert one == other

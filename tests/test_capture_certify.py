@@ -25,6 +25,8 @@ from qc.compiler.twin import difference, outline
 from tests.families import ALL, batch, build
 from tests.programs import captured
 
+pytestmark = pytest.mark.broad
+
 SOME = ["gemma2", "opt"]
 
 

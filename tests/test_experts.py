@@ -30,6 +30,8 @@ from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
 from tests.programs import captured, relative
 
+pytestmark = pytest.mark.broad
+
 PASSES = "iter_smooth,quarot,linear_quant"
 
 

@@ -17,6 +17,8 @@ from qc.compiler.memory import KERNELS, Run, peak_of
 from qc.compiler.plan import Plan
 from tests.plans import planned
 
+pytestmark = pytest.mark.broad
+
 TOLERANCE = 0.25
 HEADLINE = "iter_smooth,quarot,autoround{iters=1}"
 

@@ -10,6 +10,8 @@ from benchmarks import mutant_captures, mutant_rewrites
 from benchmarks.mutant_rewrites import LAYER_NORM, RIGHT, RMS, ScaleKeys
 from benchmarks.mutants import Kill, mutants
 
+pytestmark = pytest.mark.broad
+
 CASES = {f"{name} in {family}": kill for name, family, kill in mutants()}
 FEW = ("llama", "qwen2", "gemma2", "gpt_oss", "granite")
 """Families on which spoiled captures are tried in the fast tests; the others are slow."""

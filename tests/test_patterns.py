@@ -29,6 +29,8 @@ from qc.patterns.up_down import up_down
 from tests.families import batch
 from tests.programs import Drawing, captured, llama, run_float64
 
+pytestmark = pytest.mark.broad
+
 LAYERS = 3
 PATTERNS: dict[str, Pattern[Any]] = {
     p.name: p for p in (norm_linear, ov, ov_heads, up_down, linear_linear, residual)

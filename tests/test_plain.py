@@ -14,6 +14,8 @@ import qc
 from benchmarks.random_llama import character_tokenizer
 from qc.compiler.execute import run
 
+pytestmark = pytest.mark.broad
+
 WIDTH, HEADS, ROWS = 32, 4, 96
 
 

@@ -15,6 +15,8 @@ from benchmarks.reach_configs import TYPES, small_config
 from benchmarks.reach_page import bars, page
 from benchmarks.reach_row import Row, row_of
 
+pytestmark = pytest.mark.broad
+
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

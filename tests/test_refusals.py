@@ -31,6 +31,8 @@ from qc.compiler.weights import Checkpoint
 from tests.homes import SAMPLES, Home, compiled, logits
 from tests.programs import relative
 
+pytestmark = pytest.mark.broad
+
 
 class Stopped(Exception):
     """What a test raises in the middle of the work."""

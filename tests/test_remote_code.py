@@ -14,6 +14,8 @@ from qc.compiler.cli import main
 from tests.families import GQA, build
 from tests.homes import TEXT
 
+pytestmark = pytest.mark.broad
+
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 

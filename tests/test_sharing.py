@@ -16,6 +16,8 @@ from qc.compiler.program import Program
 from qc.compiler.sharing import partners
 from tests.homes import tensors_of
 
+pytestmark = pytest.mark.broad
+
 SHARED = ("model.layers.2.shared_transf", "model.layers.5.shared_transf")
 
 

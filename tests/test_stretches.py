@@ -20,6 +20,8 @@ from qc.compiler.stretch import STRETCH
 from tests.families import GQA
 from tests.programs import captured, relative
 
+pytestmark = pytest.mark.broad
+
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "dtype": "bfloat16"}
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "mamba": lambda: MambaConfig(**SMALL, state_size=4, time_step_rank=4, conv_kernel=4),
