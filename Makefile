@@ -56,7 +56,7 @@ format: $(STAMP)  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## the measurements of docs/benchmarks.md (about an hour on 2 cores)
+bench: $(STAMP)  ## the measurements of docs/benchmarks.md and docs/architectures.md (about two hours on 2 cores)
 	$(BIN)/python -m benchmarks.plan_cost
 	$(BIN)/python -m benchmarks.depth_memory
 	$(BIN)/python -m benchmarks.mutants
