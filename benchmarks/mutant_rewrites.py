@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -51,7 +51,7 @@ class Mutant:
     families: tuple[str, ...]
     passes: Any
     """Passes of the plan, as text or as a list."""
-    verbs: Mapping[Verb, Verbs] = ()  # type: ignore[assignment]
+    verbs: Mapping[Verb, Verbs] = field(default_factory=dict)
     plan: Callable[[Plan], Plan] | None = None
     """What is wrong in the plan itself."""
     also: Callable[[], Any] | None = None
@@ -92,7 +92,7 @@ def killed_by(mutant: Mutant | None, family: str, passes: Any = None) -> str:
         stack.enter_context(patch.object(Hadamard, "times", lambda self, x: _turn(self, x, False)))
         stack.enter_context(patch.object(Hadamard, "times_transposed", lambda self, x: _turn(self, x, True)))
         if mutant is not None:
-            for verb, change in dict(mutant.verbs).items():
+            for verb, change in mutant.verbs.items():
                 stack.enter_context(patch.dict(edits_of.VERBS, {verb: _watched(verb, change, done)}))
             if mutant.plan is not None:
                 plan = mutant.plan(plan)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from .reach_row import Row
 
@@ -105,9 +105,9 @@ def _why(text: str) -> str:
     return re.sub(r"\.\d+\.", ".N.", text)
 
 
-def _grouped(pairs: object) -> list[str]:
+def _grouped(pairs: Iterable[tuple[str, str]]) -> list[str]:
     found: dict[str, list[str]] = {}
-    for name, why in pairs:  # type: ignore[attr-defined]
+    for name, why in pairs:
         found.setdefault(why, []).append(name)
     return [
         f"- {_cell(why)}: {', '.join(names)}"

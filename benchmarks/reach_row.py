@@ -88,16 +88,15 @@ def row_of(model_type: str) -> Row:
 
 
 def _place(error: BaseException) -> str:
-    """File and line where an exception came from: the last frame of a model's own code, else the last one."""
+    """The line of a model's code where an exception came from, else the last line of all."""
+    from qc.compiler.blame import blame
+
     cause = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     frames = traceback.extract_tb(cause.__traceback__)
-    if not frames:
-        return ""
-    own = [frame for frame in frames if "/models/" in frame.filename and "modeling_" in frame.filename]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"[:TEXT]
+    last = f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    return (blame(cause) or last)[:TEXT]
 
 
 def _build(row: Row, state: dict[str, Any]) -> None:

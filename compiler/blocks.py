@@ -12,6 +12,19 @@ from .errors import Refused
 from .program import Leaf, Part
 
 
+def largest_list(model: nn.Module, least: int = 1) -> str:
+    """Name of the ``nn.ModuleList`` of at least so many modules that owns most parameters; empty where there is none.
+
+    What a model is made of is known from its graph (``find_blocks``); this is the guess before there is one.
+    """
+    lists = [
+        (sum(p.numel() for p in module.parameters()), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) >= least
+    ]
+    return max(lists, default=(0, ""))[1]
+
+
 def find_blocks(graph: fx.Graph, owner: nn.Module) -> tuple[str, ...]:
     """Names of the decoder blocks: the modules of the ``nn.ModuleList`` with most parameters, all of which ran.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .blocks import largest_list
 from .canon import aten
 from .stretch import ACTIVE, STRETCH, Size, Stretches, unchanged
 
@@ -110,12 +111,7 @@ def _opaque(model: nn.Module, run: Run, values: bool) -> list[str]:
 
 def _inside(model: nn.Module, name: str) -> bool:
     """Whether a module is a part of the model, and not what runs the stack of its blocks."""
-    lists = [
-        (sum(p.numel() for p in module.parameters()), name)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-    ]
-    stack = max(lists, default=(0, ""))[1]
+    stack = largest_list(model)
     return bool(name) and not f"{stack}.".startswith(f"{name}.")
 
 

@@ -180,7 +180,7 @@ def run_compile(args: argparse.Namespace) -> None:
             " other experts of the layer, their weights are rounded to nearest. More --samples, or"
             " --calibrate-all-experts"
         )
-    for line in journal.passes():
+    for line in journal.passes(result.plan.rewrites):
         print(line)
     print(f"wrote {result.path}")
 
@@ -278,9 +278,9 @@ def run_verify(args: argparse.Namespace) -> int:
     """``qc verify``: 0 where everything is as it was written, 1 where something is wrong."""
     import dataclasses
 
-    from .audit import audit
+    from .verify import verify
 
-    checks = audit(args.out, args.model)
+    checks = verify(args.out, args.model)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:

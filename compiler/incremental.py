@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from .canon import mutates
+from .certificate import back, into
 from .contract import Basis
 from .execute import execute, in_turn, inputs_of, outputs_of
 from .program import Part, Program
-from .verify import back, into
 
 
 class Values:

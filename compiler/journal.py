@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .certificate import Certificate
 from .contract import Rewrite
 from .edit import Verb
-from .verify import Certificate
 
 FILE = "qc_journal.jsonl"
 
@@ -71,9 +71,10 @@ class Journal:
         """Number of certificates."""
         return sum("certificate" in entry for entry in self.entries)
 
-    def passes(self) -> list[str]:
-        """One line per pass in the order of work: its rewrites, what was proved of them, how loud their noise is."""
-        return [_line(name, own, self._noise(own)) for name, own in self._by_pass().items()]
+    def passes(self, order: Iterable[str]) -> list[str]:
+        """One line per pass, in this order: its rewrites, what was proved of them, how loud their noise is."""
+        found = self._by_pass()
+        return [_line(name, found[name], self._noise(found[name])) for name in order if name in found]
 
     def _by_pass(self) -> dict[str, list[dict[str, Any]]]:
         found: dict[str, list[dict[str, Any]]] = {}

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
+from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
 from .contract import Basis, Rewrite
 from .execute import execute, in_turn, inputs_of
 from .fake_quant import fake_act
@@ -21,7 +22,6 @@ from .plan import Plan, Step
 from .program import Part, Program
 from .rows import RowwiseTensor
 from .scheme import LinearScheme
-from .verify import Certificate, Edited, check, error, into, outcome, random_rows
 
 TOKENS = 64
 """Tokens per proof row: one row of calibration text and one of random hidden states."""

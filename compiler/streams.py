@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certificate import back, into
 from .contract import Basis
 from .execute import Route, execute, inputs_of
 from .program import Part, Program
-from .verify import back, into
 from .view import LinearHook
 
 Values = dict[str, Any]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .blocks import largest_list
 from .canon import symbolic
 
 
@@ -151,15 +152,10 @@ def marked(model: nn.Module) -> Iterator[str | None]:
 
     Yields the name of the stack, or None where the model has none.
     """
-    stacks = [
-        (sum(p.numel() for p in m.parameters()), name)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) > 2
-    ]
-    if not stacks:
+    name = largest_list(model, least=3)
+    if not name:
         yield None
         return
-    name = max(stacks)[1]
     layers = list(model.get_submodule(name).children())
     saved: list[tuple[nn.Module, str, int]] = []
     try:

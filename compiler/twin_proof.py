@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .certificate import LIMIT
 from .contract import EXACT, Pass
 from .edit import apply, by_module
 from .errors import NotEquivalent, Refused
@@ -16,7 +17,6 @@ from .operand import Slot
 from .plan import Plan, make_plan
 from .program import Program
 from .proof import neutral
-from .verify import LIMIT
 
 TOKENS = (2, 12)
 """Batch and length of the proof; the first row is padded on the left."""

@@ -1,145 +1,302 @@
-"""Certificates: a rewrite that claims to keep the function is executed before and after, in float64.
+"""Verify an output: its files, tensors, values and certificates against what it says of itself (``qc verify``).
 
-Proved at the block's delta (what it adds to the hidden state), not at its output: outlier channels of the
-residual stream would drown a bug there (a forgotten reader shows 0.68 on the delta and 0.013 on the output).
+The checks are those of the compile, replayed on what is on disk. They read every byte and run no model.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import Basis
-from .edit import Edit, apply, by_module
-from .errors import NotEquivalent
-from .execute import execute, in_turn, inputs_of
-from .operand import Slot
-from .program import Part, Program
+from ..runtime.linear import IntegerLinear
+from .certificate import LIMIT
+from .errors import Refused
+from .export import MANIFEST, RUN, digests
+from .journal import FILE as JOURNAL
+from .journal import quantized
+from .load import DESCRIPTION, FLOAT, format_on_meta
+from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
+from .shards import Shards, find_shards, read_json
 
-LIMIT = 1e-9
-"""Largest relative Frobenius error of an EXACT rewrite, all ops in float64."""
+GLOBAL = ("version", "model_quant_type", "group_size", "metadata", "optional")
+"""Keys of a description that are no tensors."""
+ORTHOGONAL = 0.05
+"""How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
+SHOWN = 20
+"""Findings that are printed of one check."""
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """What a proof measured: relative Frobenius errors on the rows it ran."""
+class Check:
+    """One kind of check: what was looked at, and everything found wrong."""
 
-    math: float
-    """Before against after, everything in float64."""
-    stored: float
-    """The same with the tensors that the rewrite changed cast to the dtype of export."""
-    rows: int
-    """Tokens it ran on, calibration text and random."""
+    name: str
+    looked_at: str
+    wrong: tuple[str, ...]
 
-
-class Edited(Mapping[str, Tensor]):
-    """The tensors of a part after some edits, computed when looked up, in ``dtype``; nothing is kept but one module."""
-
-    def __init__(
-        self, program: Program, base: Mapping[str, Tensor], edits: Sequence[Edit], values: Mapping[Slot, Any],
-        dtype: torch.dtype = torch.float64, rounded: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
-        self.program, self.base, self.edits, self.values = program, base, by_module(edits), values
-        self.dtype, self.rounded = dtype, rounded
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def __getitem__(self, name: str) -> Tensor:
-        module, _, local = name.rpartition(".")
-        if module not in self.edits:
-            return self.base[name].to(self.dtype)
-        if self._last[0] != module:
-            new = apply(self.program, module, self.edits[module], self.values, self.base.get, self.dtype)
-            if self.rounded is not None:
-                new = {key: value.to(self.rounded).to(self.dtype) for key, value in new.items()}
-            self._last = (module, new)
-        found = self._last[1].get(local)  # not every tensor of a module belongs to what is edited
-        return self.base[name].to(self.dtype) if found is None else found
-
-    def __contains__(self, name: object) -> bool:
-        try:
-            self[str(name)]
-        except KeyError:
-            return False
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-
-def into(name: str, value: Any, bases: Sequence[Basis]) -> Any:
-    """A value of the original program in the basis after these rotations."""
-    for basis in bases:
-        if name in basis.values:
-            value = basis.rotation.times(value)
-    return value
-
-
-def back(name: str, value: Any, bases: Sequence[Basis]) -> Any:
-    """The inverse of :func:`into`."""
-    for basis in reversed(bases):
-        if name in basis.values:
-            value = basis.rotation.times_transposed(value)
-    return value
-
-
-def outcome(
-    program: Program,
-    part: Part,
-    tensors: Mapping[str, Tensor],
-    env: Mapping[str, Any],
-    bases: Sequence[Basis],
-) -> dict[str, Tensor]:
-    """What a part computes in float64, by name, in the original basis; ``env`` is in the original basis too.
-
-    Rows are sent to all experts in turn, so that every one of them is looked at.
-    """
-    nodes = {node.name: node for node in inputs_of(program, part)}
-    inputs = {node: into(name, env[name], bases) for name, node in nodes.items()}
-    with torch.no_grad():
-        outputs = execute(program, part, tensors, inputs, dtype=torch.float64, route=in_turn)
-    return {node.name: back(node.name, value, bases) for node, value in outputs.items()}
-
-
-def error(before: Mapping[str, Any], after: Mapping[str, Any], env: Mapping[str, Any]) -> float:
-    """Largest relative Frobenius error of the float results.
-
-    A result with the shape of a float input is judged by its delta, what the part added to that input.
-    """
-    worst = 0.0
-    entering = [v for v in env.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    for name, want in before.items():
-        if not isinstance(want, Tensor) or not want.is_floating_point():
-            continue
-        got = after[name]
-        if not bool(torch.isfinite(got).all()):
-            return float("inf")
-        inputs = [value for value in entering if value.shape == want.shape]
-        sizes = [float(torch.linalg.vector_norm(want - value)) for value in inputs]
-        size = min(sizes, default=float(torch.linalg.vector_norm(want)))
-        wrong = float(torch.linalg.vector_norm(got - want))
-        worst = max(worst, wrong / size if size > 0 else wrong)
-    return worst
-
-
-def check(where: str, math: float, reproducer: str) -> None:
-    """Stop when an EXACT rewrite changed the function."""
-    if not math < LIMIT:
-        raise NotEquivalent(
-            f"{where}: the rewrite claims to keep the function, but changes it by {math:.2g} (relative, float64; "
-            f"limit {LIMIT:g}). Nothing was written. Reproduce with: {reproducer}"
+    def __str__(self) -> str:
+        if not self.wrong:
+            return f"{self.name}: {self.looked_at}"
+        rest = [f"  and {len(self.wrong) - SHOWN} more"] if len(self.wrong) > SHOWN else []
+        return "\n".join(
+            [f"{self.name}: {len(self.wrong)} wrong", *(f"  {w}" for w in self.wrong[:SHOWN]), *rest]
         )
 
 
-def random_rows(like: Tensor, seed: int, name: str) -> Tensor:
-    """Gaussian rows of the same shape and root mean square per token, a function of (seed, name) alone."""
-    digest = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
-    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(digest), dtype=torch.float64)
-    return noise * like.pow(2).mean().sqrt()
+def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ...]:
+    """Check a directory that ``qc compile`` wrote.
+
+    Args:
+        path: The directory.
+        model: The checkpoint directory from which it was compiled: its files are compared with the digests in
+            the manifest too.
+
+    Raises:
+        Refused: No such directory, or nothing there that qc wrote.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise Refused(f"{path}: no such directory; give the directory that qc compile wrote")
+    if not (path / MANIFEST).is_file():
+        raise Refused(f"{path}: no {MANIFEST}, so this is not what qc compile writes")
+    manifest = read_json(path / MANIFEST)
+    checks = [_files(path, manifest)]
+    if model is not None:
+        checks.append(_inputs(Path(model), manifest))
+    try:
+        shards = find_shards(path)
+        description = read_json(path / DESCRIPTION)
+        dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
+    except Refused as error:
+        return (*checks, Check("tensors", "", (str(error),)))
+    modules, wrong = _modules(shards, description, dtype)
+    checks.append(
+        Check(
+            "tensors",
+            f"{len(shards.entries)}, those of {len(modules)} integer linears among them",
+            tuple(wrong),
+        )
+    )
+    count, wrong = _values(path, modules, description)
+    checks.append(Check("values", f"{count} numbers are finite and in range", tuple(wrong)))
+    return (*checks, _certificates(path, manifest, modules))
+
+
+def _files(path: Path, manifest: Mapping[str, Any]) -> Check:
+    """Every file that the manifest names is there as it was written, and no other is."""
+    named = _digests_of(manifest, "outputs")
+    there = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    wrong = [f"{name} is missing" for name in named if name not in there]
+    wrong += [f"{name} is in no manifest" for name in sorted(there.keys() - named.keys() - {MANIFEST, RUN})]
+    wrong += _differing(named, there)
+    size = sum(file.stat().st_size for file in there.values()) / 1e9
+    return Check("files", f"{len(named)} with {size:.3f} GB, as they were written", tuple(wrong))
+
+
+def _inputs(model: Path, manifest: Mapping[str, Any]) -> Check:
+    """The checkpoint is the one from which the output was made."""
+    prefix = "model/"
+    named = {
+        name.removeprefix(prefix): digest
+        for name, digest in _digests_of(manifest, "inputs").items()
+        if name.startswith(prefix)
+    }
+    there = {name: model / name for name in named if (model / name).is_file()}
+    wrong = [f"{model / name} is missing" for name in named if name not in there]
+    if not named:
+        wrong = ["the manifest names no file of a checkpoint: the model was compiled from memory"]
+    return Check("inputs", f"{len(named)} files of {model}", (*wrong, *_differing(named, there)))
+
+
+def _digests_of(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = manifest.get(key)
+    if not isinstance(found, dict):
+        raise Refused(f"{MANIFEST} has no {key}: it was not written by qc compile, or was changed")
+    return found
+
+
+def _differing(named: Mapping[str, Any], there: Mapping[str, Path]) -> list[str]:
+    found = digests({name: there[name] for name in named if name in there})
+    return [
+        f"{name} has changed: {_short(digest)}, the manifest says {_short(named[name])}"
+        for name, digest in found.items()
+        if digest != named[name]
+    ]
+
+
+def _short(digest: Any) -> str:
+    return (
+        f"{digest['bytes']} bytes, sha256 {digest['sha256'][:12]}"
+        if isinstance(digest, dict)
+        else str(digest)
+    )
+
+
+def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
+def _modules(
+    shards: Shards, description: Mapping[str, Any], dtype: torch.dtype | None
+) -> tuple[dict[str, IntegerLinear], list[str]]:
+    """The integer linears by their prefix, on meta, and what of the tensors does not fit the description."""
+    types = {name: kind for name, kind in description.items() if name not in GLOBAL}
+    wrong = [f"{name} has a type but is in no file" for name in types if name not in shards.entries]
+    wrong += [
+        f"{name} is in a file but has no type in {DESCRIPTION}"
+        for name in shards.entries
+        if name not in types
+    ]
+    modules: dict[str, IntegerLinear] = {}
+    for name, kind in types.items():
+        prefix, _, leaf = name.rpartition(".")
+        if kind == FLOAT or leaf != "weight" or name not in shards.entries:
+            continue
+        try:
+            modules[prefix] = format_on_meta(kind, prefix, shards.entries, dtype or torch.bfloat16, prefix)
+        except Refused as error:
+            wrong.append(str(error))
+    owned = {f"{prefix}.{leaf}": prefix for prefix, module in modules.items() for leaf in module.state_dict()}
+    for name, kind in types.items():
+        owner = owned.get(name)
+        want = FLOAT if owner is None or name.endswith(".bias") else modules[owner].type
+        if kind not in (want, FLOAT if name.endswith(".bias") else want):
+            wrong.append(f"{name} has the type {kind}, its linear is {want}")
+    for prefix, module in modules.items():
+        for leaf, tensor in module.state_dict().items():
+            want, entry = (
+                TensorSpec(tensor.dtype, tuple(tensor.shape)),
+                shards.entries.get(f"{prefix}.{leaf}"),
+            )
+            if entry is None:
+                wrong.append(f"{prefix}.{leaf} is missing, {module.type} needs it")
+            elif (entry.dtype, entry.shape) != (want.dtype, want.shape):
+                wrong.append(
+                    f"{prefix}.{leaf} is {TensorSpec(entry.dtype, entry.shape)}, {module.type} needs {want}"
+                )
+    return modules, wrong
+
+
+def _values(
+    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any]
+) -> tuple[int, list[str]]:
+    """Read every tensor once, and look whether its numbers can be what they stand for."""
+    count, wrong = 0, list[str]()
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in _each(file):
+            prefix, _, leaf = name.rpartition(".")
+            count += tensor.numel()
+            ask = VALUES.get(leaf) if prefix in modules else None
+            reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
+            if reason:
+                wrong.append(f"{name}: {reason}")
+    return count, wrong
+
+
+def _each(file: Path) -> Iterator[tuple[str, Tensor]]:
+    entries: dict[str, Entry] = read_header(file)
+    for name, entry in entries.items():
+        yield name, read_tensors(file, {name: entry})[name]
+
+
+def _finite(tensor: Tensor, module: IntegerLinear | None = None) -> str:
+    if not tensor.is_floating_point():
+        return ""
+    bad = int((~torch.isfinite(tensor)).sum())
+    return f"{bad} of {tensor.numel()} numbers are not finite" if bad else ""
+
+
+def _integers(tensor: Tensor, module: IntegerLinear) -> str:
+    low, high = -(2 ** (module.weight_bits - 1)), 2 ** (module.weight_bits - 1) - 1
+    least, most = int(tensor.min()), int(tensor.max())
+    if low <= least and most <= high:
+        return ""
+    return f"integers from {least} to {most}, {module.type} holds {low} to {high}"
+
+
+def _positive(tensor: Tensor, module: IntegerLinear) -> str:
+    if tensor.dtype == torch.int64:  # the bits of float32 numbers, for float16 models
+        tensor = tensor.to(torch.int32).view(torch.float32)
+    bad = int((~(tensor > 0) | ~torch.isfinite(tensor)).sum())
+    return f"{bad} of {tensor.numel()} scales are not positive numbers" if bad else ""
+
+
+def _zero(tensor: Tensor, module: IntegerLinear) -> str:
+    return "" if not tensor.any() else "weights are symmetric, their offsets are zero"
+
+
+def _rotation(tensor: Tensor, module: IntegerLinear) -> str:
+    if reason := _finite(tensor):
+        return reason
+    wide = tensor.double()
+    error = float((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max())
+    return "" if error <= ORTHOGONAL else f"not orthogonal: off by {error:.2g}, more than rounding does"
+
+
+def _ratio(tensor: Tensor, module: IntegerLinear) -> str:
+    return "" if bool(((tensor > 0) & (tensor <= 1)).all()) else "a clip ratio is above 0 and at most 1"
+
+
+VALUES: Mapping[str, Callable[[Tensor, IntegerLinear], str]] = {
+    "weight": _integers, "weight_scale": _positive, "weight_offset": _zero, "input_scale": _positive,
+    "deq_scale": _positive, "left_trans": _rotation, "right_trans": _rotation, "clip_ratio": _ratio,
+}  # fmt: skip
+"""What is asked of the values of each tensor of an integer linear."""
+
+
+def _certificates(path: Path, manifest: Mapping[str, Any], modules: Mapping[str, IntegerLinear]) -> Check:
+    """Every rewrite of the plan is in the journal, and every one that claims to keep the function has its proof."""
+    try:
+        lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return Check("certificates", "", (f"{JOURNAL} cannot be read: {error}",))
+    if not all(isinstance(entry, dict) for entry in entries):
+        return Check("certificates", "", (f"{JOURNAL} cannot be read: a line that is no object",))
+    wrong: list[str] = []
+    done: dict[str, set[str]] = {}
+    proofs: list[Mapping[str, Any]] = []
+    for number, entry in enumerate(entries, 1):
+        if "pass" not in entry:
+            continue
+        where = f"{JOURNAL}:{number}: {entry['pass']} at {entry.get('where')} in {entry.get('part')}"
+        done.setdefault(entry["pass"], set()).add(str(entry.get("where")))
+        if entry.get("claim") != "EXACT":
+            continue
+        proof = entry.get("certificate")
+        proof = proof if isinstance(proof, dict) else {}
+        proofs.append(proof)
+        if not _proved(proof):
+            wrong.append(
+                f"{where}: claims to keep the function and has no proof of it (error {proof.get('math')})"
+            )
+    planned: Mapping[str, int] = manifest.get("rewrites") or {}
+    for name in planned.keys() | done.keys():
+        want, got = planned.get(name, 0), len(done.get(name, ()))
+        if want != got:
+            wrong.append(f"{name}: the plan has {want} rewrites, the journal {got}")
+    swapped = sum(len(quantized(entry)) for entry in entries)
+    if swapped != len(modules):
+        wrong.append(f"{len(modules)} linears are integers, the journal tells of {swapped}")
+    math_, stored = (
+        max((float(p.get(k, math.nan)) for p in proofs), default=0.0) for k in ("math", "stored")
+    )
+    return Check(
+        "certificates",
+        f"{sum(planned.values())} rewrites as planned, {len(proofs)} proofs, largest error {math_:.1e} (float64, limit "
+        f"{LIMIT:g}), {stored:.1e} as stored",
+        tuple(sorted(wrong)),
+    )  # fmt: skip
+
+
+def _proved(proof: Mapping[str, Any]) -> bool:
+    found, rows = proof.get("math"), proof.get("rows")
+    return isinstance(found, float) and 0 <= found < LIMIT and isinstance(rows, int) and rows > 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .compiler import compile as engine
-from .compiler.audit import audit as verify
 from .compiler.capture import capture
 from .compiler.contract import Pass
 from .compiler.errors import Refused
@@ -20,6 +19,7 @@ from .compiler.recipe import read_recipe
 from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
+from .compiler.verify import verify
 
 __all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"]
 

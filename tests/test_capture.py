@@ -203,6 +203,22 @@ def test_fewer_traced_layers_give_the_same_graph(monkeypatch: pytest.MonkeyPatch
     assert text(captured("gemma2")) == text(capture(ALL["gemma2"](), certify=False))
 
 
+def test_layers_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing all of them gives the same graph, so that nothing else would tell that this no longer works."""
+    import qc.compiler.capture as module
+
+    expanded: list[str] = []
+    own = module.expand
+
+    def expand(graph: fx.Graph, stack: str, model: nn.Module) -> fx.Graph:
+        expanded.append(stack)
+        return own(graph, stack, model)
+
+    monkeypatch.setattr(module, "expand", expand)
+    capture(ALL["llama"](), certify=False)
+    assert expanded == ["model.layers"]
+
+
 class LooksAtIndex(nn.Module):
     """A layer whose arithmetic depends on its index, so no layer stands for another."""
 

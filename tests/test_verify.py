@@ -1,245 +1,239 @@
-"""Proofs: right rewrites pass at rounding error; what is done wrong on purpose is in ``test_mutants``."""
+"""``qc verify``: every way in which an output may be spoiled is found, and an unspoiled one passes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from benchmarks.mutant_rewrites import forgets
-from qc.compiler import edit as edits_of
-from qc.compiler.contract import Rewrite
-from qc.compiler.edit import Verb
-from qc.compiler.errors import NotEquivalent
-from qc.compiler.journal import Journal
-from qc.compiler.plan import Plan, make_plan
-from qc.compiler.program import Program
-from qc.compiler.solve import Solver
-from qc.compiler.twin_proof import prove_on_twin
-from qc.compiler.verify import LIMIT, check, error, outcome
-from qc.compiler.view import BlockView
-from qc.passes.iter_smooth import IterSmooth
-from tests.families import ALL, batch, build
-from tests.programs import captured, norm_graph
+from qc.compiler.cli import main
+from qc.compiler.errors import Refused
+from qc.compiler.export import MANIFEST, RUN, digests
+from qc.compiler.journal import FILE as JOURNAL
+from qc.compiler.verify import verify
+from tests.homes import Home, compiled, homes
 
-SMOOTH = "iter_smooth{enable_subgraph_type=norm-linear+ov+up-down}"
-SHIFT = "iter_smooth{symmetric=false, enable_subgraph_type=norm-linear}"
-QUAROT = "quarot{online=true}"
-ON_VALUES = "online_rotation{enable_subgraph_type=ov}"
+DESCRIPTION = "quant_model_description.json"
+ROTATED = "model.layers.0.mlp.down_proj"
+PLAIN = "model.layers.0.self_attn.q_proj"
 
 
-def planned(family: str, passes: str, scheme: str = "float") -> Plan:
-    """A plan for a tiny model in memory whose floats are kept in float32."""
-    plan = make_plan(captured(family), passes, scheme=scheme, target="modelslim").require()
-    return replace(plan, dtype=torch.float32)
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return homes(tmp_path_factory)("llama-128")
 
 
-def solved(plan: Plan) -> tuple[Journal, dict[str, Tensor]]:
-    """Solve a plan on random tokens; its journal, and the tensors it hands on."""
-    ids, _ = batch(shape=(6, 20), padded=False)
-    found: dict[str, Tensor] = {}
-    journal = Solver(plan, ids, found.__setitem__, compute=torch.float32).run()
-    return journal, found
-
-
-RIGHT = [
-    ("llama", SMOOTH),
-    ("llama", f"{SMOOTH},{SHIFT}"),
-    ("llama-128", f"iter_smooth,{QUAROT},iter_smooth"),
-    ("smollm2", "iter_smooth{group_method=mean},quarot,iter_smooth{symmetric=false}"),
-    ("qwen2", f"iter_smooth,quarot,{ON_VALUES},iter_smooth"),
-    ("qwen3", "iter_smooth,quarot{block_size=8},iter_smooth"),
-    ("phi3", "iter_smooth,quarot{block_size=16},iter_smooth"),
-    ("gemma", f"{SMOOTH},{SHIFT}"),
-    ("gemma", "quarot{block_size=16},iter_smooth"),
-    ("stablelm", f"fuse_norms,{SMOOTH}"),
-    ("gpt_neox", f"{SMOOTH},rotate_heads"),
-    ("gpt2", f"{SMOOTH},rotate_heads,{ON_VALUES}"),
-]
-
-
-@pytest.mark.parametrize(("family", "passes"), RIGHT)
-def test_right_rewrites_are_proved_at_rounding_error(family: str, passes: str) -> None:
-    journal, _ = solved(planned(family, passes))
-    assert journal.proofs >= 3
-    assert 0 < journal.worst < 1e-12
-    stored = [entry["stored"] for entry in journal.entries if "stored" in entry]
-    assert stored
-    assert all(value < 1e-4 for value in stored)
-
-
-def test_an_edit_that_a_pass_forgets_is_caught() -> None:
-    """Not the verb but the answer is wrong: one reader has no edit."""
-    plan = planned("llama", "fuse_norms")
-    (step,) = plan.steps
-    rewrite = step.answer.rewrites[0]
-    short = replace(rewrite, edits=rewrite.edits[1:])
-    answer = replace(step.answer, rewrites=(short, *step.answer.rewrites[1:]))
-    with pytest.raises(NotEquivalent, match=r"fuse_norms at .*input_layernorm \(model\.layers\.0\)"):
-        solved(replace(plan, steps=(replace(step, answer=answer),)))
-
-
-def test_a_wrong_rotation_is_caught_on_the_twin_before_a_weight_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    twin = captured("smollm2")
-
-    class Unread:
-        def __getattr__(self, name: str) -> Any:
-            raise AssertionError(f"a weight was asked for: {name}")
-
-    program = replace(twin, source=Unread(), twin=twin)  # type: ignore[arg-type]
-    plan = make_plan(
-        replace(program, source=twin.source), "quarot,iter_smooth", scheme="float", target="modelslim"
+@pytest.fixture(scope="module")
+def good(home: Home, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("good") / "out"
+    compiled(
+        home, out, "iter_smooth,quarot,online_rotation,linear_quant", scheme="w4a4", target="vllm-ascend"
     )
-    plan = replace(plan, program=program)
-    assert "keep the twin's logits" in prove_on_twin(plan)
-    right = edits_of.VERBS[Verb.ROTATE_OUT]
-    wrong = partial(forgets("embed_tokens"), right)
-    monkeypatch.setitem(edits_of.VERBS, Verb.ROTATE_OUT, wrong)
-    with pytest.raises(NotEquivalent, match="twin"):
-        prove_on_twin(plan)
+    return out
 
 
-def test_an_error_is_judged_by_what_a_block_adds() -> None:
-    x, delta = torch.full((2, 3, 4), 1e6, dtype=torch.float64), torch.ones(2, 3, 4, dtype=torch.float64)
-    got = error({"y": x + delta}, {"y": x + 1.5 * delta}, {"x": x, "ids": torch.zeros(2, 3)})
-    assert got == pytest.approx(0.5)
-    assert error({"y": delta}, {"y": 2 * delta}, {}) == pytest.approx(1.0)
-    assert error({"y": delta}, {"y": delta * float("nan")}, {}) == float("inf")
+@pytest.fixture
+def out(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("math", [LIMIT, 0.3, float("nan"), float("inf")])
-def test_what_is_not_below_the_limit_stops(math: float) -> None:
-    check("somewhere", LIMIT / 2, "again")
-    with pytest.raises(NotEquivalent, match="somewhere"):
-        check("somewhere", math, "again")
+def wrong(out: Path) -> dict[str, str]:
+    return {check.name: "\n".join(check.wrong) for check in verify(out) if check.wrong}
 
 
-def test_a_lost_epsilon_shows_in_float64() -> None:
-    """Transformers' norms compute in float32, where this drowns; the proof runs the norm's own ops."""
-    program = captured("llama")
-    (part, *_) = program.blocks
-    name = f"{part.name}.input_layernorm"
-    leaf = program.leaves[name]
-    assert leaf.norm is not None
-    lost = replace(leaf, graph=norm_graph(replace(leaf.norm, eps=0.0)))
-    other = replace(program, leaves={**program.leaves, name: lost})
-    tensors = {n: t.double() for n, t in program.source.load(program.source.names()).items()}
-    ids, mask = batch(padded=False)
-    env: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    env |= outcome(program, program.parts[0], tensors, env, ())
-    want, got = (outcome(p, part, tensors, env, ()) for p in (program, other))
-    assert error(want, want, env) == 0
-    assert error(want, got, env) > LIMIT
+def weights(out: Path) -> Path:
+    (file,) = out.glob("*.safetensors")
+    return file
 
 
-# Statistics are those of the model as it is when a pass measures it.
+def sign(out: Path) -> None:
+    """Let the manifest say that the files are as they are now."""
+    files = {f.relative_to(out).as_posix(): f for f in out.rglob("*") if f.name not in (MANIFEST, RUN)}
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["outputs"] = digests(files)
+    (out / MANIFEST).write_text(json.dumps(manifest))
 
 
-def measured(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """The statistics that iter_smooth sees, the last for each linear."""
-    found: dict[str, Tensor] = {}
-    solve = IterSmooth.solve
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def mutate(out: Path) -> None:
+        found = load_file(weights(out))
+        change(found)
+        save_file(found, weights(out))
+        index = out / "quant_model_weights.safetensors.index.json"
+        if index.is_file():
+            whole = json.loads(index.read_text())
+            whole["weight_map"] = dict.fromkeys(found, weights(out).name)
+            index.write_text(json.dumps(whole))
 
-    def recording(self: IterSmooth, rewrite: Rewrite, view: BlockView) -> Mapping[Any, Tensor]:
-        for slot in rewrite.slots:
-            for need in slot.needs:
-                found[need.module] = view.statistic(need)
-        return solve(self, rewrite, view)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(IterSmooth, "solve", recording)
-        solved(plan)
-    return found
+    return mutate
 
 
-def of_reference(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Largest input magnitudes of every linear of the plain model with these weights, on the same tokens."""
-    model = build(ALL[family]()).float()
-    model.load_state_dict(dict(tensors), strict=True)
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        return lambda module, args: found.__setitem__(name, args[0].flatten(0, -2).abs().amax(0))
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(hook(name))
-    with torch.no_grad():
-        model(batch(shape=(6, 20), padded=False)[0])
-    return found
+def put(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    return tensors(lambda found: found.update({name: change(found[name]).contiguous()}))
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got - want).norm() / want.norm())
+def first(value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
 
 
-STAGES = {
-    "first": ("", "iter_smooth{enable_subgraph_type=ov+up-down+norm-linear}"),
-    "after smoothing": ("iter_smooth{enable_subgraph_type=ov+up-down}", "iter_smooth"),
-    "after a rotation": ("iter_smooth,quarot", "iter_smooth"),
-    "before a rotation": ("", "iter_smooth,quarot"),
-}
+def described(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def mutate(out: Path) -> None:
+        found = json.loads((out / DESCRIPTION).read_text())
+        change(found)
+        (out / DESCRIPTION).write_text(json.dumps(found))
+
+    return mutate
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", list(STAGES))
-def test_statistics_are_those_of_the_model_as_rewritten_so_far(
-    name: str, family: str, monkeypatch: pytest.MonkeyPatch
+def journal(change: Callable[[list[dict]], object]) -> Callable[[Path], None]:
+    def mutate(out: Path) -> None:
+        lines = [json.loads(line) for line in (out / JOURNAL).read_text().splitlines()]
+        change(lines)
+        (out / JOURNAL).write_text("\n".join(json.dumps(line) for line in lines))
+
+    return mutate
+
+
+def proof(**values: object) -> Callable[[Path], None]:
+    return journal(lambda lines: next(e for e in lines if "certificate" in e)["certificate"].update(values))
+
+
+def nowhere(lines: list[dict]) -> None:
+    """One rewrite is in the journal of no part."""
+    where = next(e["where"] for e in lines if e.get("pass") == "iter_smooth")
+    lines[:] = [e for e in lines if (e.get("pass"), e.get("where")) != ("iter_smooth", where)]
+
+
+SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "an int4 of 8": (put(f"{PLAIN}.weight", first(8)), "values", "integers from"),
+    "a scale of nan": (put(f"{PLAIN}.weight_scale", first(float("nan"))), "values", "not positive"),
+    "a scale of 0": (put(f"{PLAIN}.weight_scale", first(0)), "values", "not positive"),
+    "a negative scale": (put(f"{PLAIN}.weight_scale", first(-1)), "values", "not positive"),
+    "an infinite scale": (put(f"{PLAIN}.weight_scale", first(float("inf"))), "values", "not positive"),
+    "an offset": (put(f"{PLAIN}.weight_offset", first(1)), "values", "offsets are zero"),
+    "a stretched rotation": (put(f"{ROTATED}.left_trans", lambda t: t * 1.1), "values", "not orthogonal"),
+    "a rotation with a lost row": (put(f"{ROTATED}.right_trans", first(0)), "values", "not orthogonal"),
+    "a clip ratio above 1": (put(f"{ROTATED}.clip_ratio", first(1.5)), "values", "clip ratio"),
+    "a norm of nan": (put("model.norm.weight", first(float("nan"))), "values", "not finite"),
+    "an infinite embedding": (put("model.embed_tokens.weight", first(float("inf"))), "values", "not finite"),
+    "a lost tensor": (tensors(lambda t: t.pop("model.norm.weight")), "tensors", "in no file"),
+    "a lost scale": (tensors(lambda t: t.pop(f"{PLAIN}.weight_scale")), "tensors", "is missing"),
+    "a tensor too many": (
+        tensors(lambda t: t.update({"more.weight": torch.ones(2)})), "tensors", "has no type",
+    ),
+    "scales of half the size": (put(f"{PLAIN}.weight_scale", lambda t: t[:8]), "tensors", "needs"),
+    "scales in bfloat16": (put(f"{PLAIN}.weight_scale", lambda t: t.bfloat16()), "tensors", "needs"),
+    "a weight in int32": (put(f"{PLAIN}.weight", lambda t: t.int()), "tensors", "needs"),
+    "another type": (described(lambda d: d.update({f"{PLAIN}.weight": "W8A8"})), "tensors", "is missing"),
+    "another type of a scale": (
+        described(lambda d: d.update({f"{PLAIN}.weight_scale": "W8A8_DYNAMIC"})), "tensors", "its linear is",
+    ),
+    "a type that nobody knows": (described(lambda d: d.update({f"{PLAIN}.weight": "W3A3"})), "tensors", "W3A3"),
+    "a tensor without a type": (described(lambda d: d.pop("model.norm.weight")), "tensors", "has no type"),
+    "a float tensor that is none": (
+        described(lambda d: d.update({"model.norm.weight": "W8A8"})), "tensors", "model.norm.weight",
+    ),
+    "no description": (lambda out: (out / DESCRIPTION).unlink(), "tensors", DESCRIPTION),
+    "a certificate that failed": (proof(math=1e-3), "certificates", "no proof"),
+    "a certificate of nan": (proof(math=float("nan")), "certificates", "no proof"),
+    "a certificate on no rows": (proof(rows=0), "certificates", "no proof"),
+    "no certificate": (
+        journal(lambda lines: next(e for e in lines if "certificate" in e).pop("certificate")),
+        "certificates", "no proof",
+    ),
+    "a rewrite that nobody did": (journal(nowhere), "certificates", "the plan has"),
+    "a rewrite that nobody planned": (
+        journal(lambda lines: lines.append(
+            {"part": "model.layers.0", "pass": "fuse_norms", "where": "elsewhere", "claim": "EXACT",
+             "certificate": {"math": 0.0, "stored": 0.0, "rows": 1}})),
+        "certificates", "the plan has",
+    ),
+    "no journal": (lambda out: (out / JOURNAL).unlink(), "certificates", "cannot be read"),
+    "a journal of numbers": (lambda out: (out / JOURNAL).write_text("5\n6"), "certificates", "cannot be read"),
+    "a certificate of words": (
+        journal(lambda lines: next(e for e in lines if "certificate" in e).update(certificate="yes")),
+        "certificates", "no proof",
+    ),
+    "half a journal": (
+        lambda out: (out / JOURNAL).write_text((out / JOURNAL).read_text()[:-9]), "certificates", "cannot be read",
+    ),
+}  # fmt: skip
+"""How an output is spoiled, though its digests agree; the check that says so, and words that it says."""
+
+
+def test_an_output_as_it_was_written_passes(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert wrong(good) == {}
+    assert main(["verify", str(good)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["files", "tensors", "values", "certificates"]
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_is_spoiled_is_found_by_its_check(name: str, out: Path) -> None:
+    mutate, check, words = SPOILED[name]
+    mutate(out)
+    sign(out)
+    found = wrong(out)
+    assert words in found.get(check, ""), found
+    assert "files" not in found
+
+
+@pytest.mark.parametrize(
+    ("mutate", "words"),
+    [
+        (lambda out: weights(out).write_bytes(weights(out).read_bytes()[:-1] + b"\7"), "has changed"),
+        (lambda out: (out / "qc_plan.txt").write_text("nothing"), "qc_plan.txt has changed"),
+        (lambda out: (out / "config.json").unlink(), "config.json is missing"),
+        (lambda out: (out / "extra.py").write_text("pass"), "extra.py is in no manifest"),
+    ],
+)
+def test_files_are_compared_with_their_digests(mutate: Callable, words: str, out: Path) -> None:
+    mutate(out)
+    assert words in wrong(out)["files"]
+
+
+def test_a_file_cut_short_is_found_without_a_crash(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights(out).write_bytes(weights(out).read_bytes()[:-100])
+    assert main(["verify", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "files: 1 wrong" in text
+    assert "tensors: 1 wrong" in text
+
+
+def test_the_checkpoint_that_it_was_made_from(good: Path, home: Home, tmp_path: Path) -> None:
+    same = {check.name: check for check in verify(good, home.path)}
+    assert not same["inputs"].wrong
+    assert "files of" in str(same["inputs"])
+    other = Path(shutil.copytree(home.path, tmp_path / "other"))
+    save_file({"another": torch.ones(1)}, other / "model.safetensors")
+    assert "model.safetensors has changed" in str(verify(good, other)[1])
+    assert "is missing" in str(verify(good, tmp_path)[1])
+
+
+def test_what_qc_did_not_write_is_refused(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, rest = STAGES[name]
-    plan = planned(family, f"{before},{rest}" if before else rest)
-    got = measured(plan, monkeypatch)
-    tensors = solved(planned(family, before))[1] if before else dict(build(ALL[family]()).state_dict())
-    want = of_reference(family, tensors)
-    assert len(got) >= 6
-    for module, statistic in got.items():
-        assert relative(statistic, want[module]) < 1e-4, module
-    if "after a rotation" in name:
-        plain = of_reference(family, build(ALL[family]()).state_dict())
-        readers = [module for module in got if module.endswith("q_proj")]
-        assert all(relative(got[module], plain[module]) > 0.05 for module in readers)
+    for path, words in ((tmp_path / "nothing", "no such directory"), (home.path, MANIFEST)):
+        assert main(["verify", str(path)]) == 2
+        assert words in capsys.readouterr().err
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(Refused, match="cannot be read"):
+        verify(tmp_path)
 
 
-def test_an_online_rotation_does_not_change_what_the_norms_readers_see(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with_online = measured(planned("llama-128", f"iter_smooth,{QUAROT},iter_smooth"), monkeypatch)
-    without = measured(planned("llama-128", "iter_smooth,quarot,iter_smooth"), monkeypatch)
-    readers = [module for module in with_online if module.endswith(("q_proj", "gate_proj"))]
-    assert len(readers) == 6
-    assert all(relative(with_online[module], without[module]) < 1e-4 for module in readers)
-
-
-def test_a_solved_model_computes_what_it_computed() -> None:
-    """Through transformers' own modules: the tensors handed on are a model with the same logits."""
-    ids, mask = batch()
-    for family, passes in (("llama", "iter_smooth,quarot,iter_smooth"), ("qwen2", "iter_smooth,quarot")):
-        model = build(ALL[family]()).float()
-        with torch.no_grad():
-            want = model(ids, attention_mask=mask).logits
-            model.load_state_dict(solved(planned(family, passes))[1], strict=True)
-            got = model(ids, attention_mask=mask).logits
-        keep = mask.bool()
-        assert relative(got[keep], want[keep]) < 1e-4
-
-
-def test_a_program_is_not_changed_by_planning_or_solving() -> None:
-    program = captured("llama-128")
-    before = state(program)
-    solved(planned("llama-128", f"iter_smooth,{QUAROT},iter_smooth,linear_quant", scheme="w4a4"))
-    assert state(program) == before
-
-
-def state(program: Program) -> list[tuple[str, ...]]:
-    facts = ("scheme", "unit", "rotated", "shifted", "note")
-    return [
-        (n.name, f"{n.target} {n.args}", *(str(n.meta.get(fact)) for fact in facts))
-        for n in program.graph.nodes
-    ]
+def test_the_answer_for_machines_is_one_json_value(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put("model.norm.weight", first(float("nan")))(out)
+    assert main(["verify", str(out), "--json"]) == 1
+    found = {check["name"]: check["wrong"] for check in json.loads(capsys.readouterr().out)}
+    assert found["values"]
+    assert not found["certificates"]
