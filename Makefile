@@ -39,7 +39,7 @@ demo: $(STAMP)  ## compile a real model (SmolLM2-135M) to W4A4/W8A8, measure it,
 test: lint types  ## what .ci/run runs: lint, types, and every test that does not take minutes
 	$(PYTEST) -m "not slow"
 
-check: lint types  ## the fast tier: without the real model, many architectures and whole commands (under 3 minutes)
+check: lint types  ## the fast tier: without the real model, many architectures and whole commands (about 3 minutes on 2 cores)
 	$(PYTEST) -m "not slow and not real and not broad"
 
 slow: $(STAMP)  ## the checks that take minutes each

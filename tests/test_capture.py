@@ -20,6 +20,8 @@ from qc.compiler.show.text import text
 from tests.families import ALL, DENSE, WINDOW, batch, build
 from tests.programs import captured
 
+pytestmark = pytest.mark.broad
+
 SHAPES = [((3, 11), True), ((1, 1), False), ((2, 33), True)]
 EXACT = [*DENSE, "gpt2", "gemma2", "gemma3"]
 

@@ -43,6 +43,8 @@ from tests.pages import (
     rows_under,
 )  # fmt: skip
 
+pytestmark = pytest.mark.broad
+
 SENTENCE = "the quick brown fox jumps over the lazy dog while the cat sleeps on a mat. "
 PASSES = {name: registry.get("passes", name) for name in registry.names("passes")}
 PASS_PAGES = {cls.name: ROOT / "docs" / "passes" / f"{cls.name}.md" for cls in PASSES.values()}
