@@ -80,7 +80,8 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         count = out * width
         groups = width // scheme.weight.group if scheme.weight and scheme.weight.group else 1
         bits += count * scheme.weight.bits + 32 * out * groups if scheme.weight else 16 * count
-        packed += count // 2 if scheme.weight and scheme.weight.bits == 4 else 0
+        format = plan.formats.get(str(node.target))
+        packed += count // 2 if format is not None and format.weight_bits == 4 and not format.packed else 0
         weights += count
         name = str(scheme) if scheme.quantized else "float"
         schemes[name] = schemes.get(name, 0) + 1

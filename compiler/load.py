@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 from ..runtime.formats import FORMATS
 from ..runtime.linear import IntegerLinear
 from ..runtime.norm import RMSNormBias
+from ..runtime.w4a8 import SHARES, W4A8Dynamic
 from .capture_attention import NAME
 from .capture_experts import register as register_experts
 from .capture_experts import stacks_of, use_experts
@@ -204,18 +205,17 @@ def _linear(
     stored: torch.dtype,
     where: str,
 ) -> IntegerLinear:
-    weight = entries[f"{prefix}.weight"]
     known = dict(model.named_modules())
     weight_there = getattr(known.get(name), "weight", None)
     if not isinstance(weight_there, Tensor) or isinstance(known[name], nn.Embedding):
         near = get_close_matches(name, known, 1, 0.6)
         hint = f"; the nearest module is {near[0]}" if near else ""
         raise Refused(f"{where} is {kind}, but the model has no linear of its own there{hint}")
-    if sorted(weight.shape) != sorted(weight_there.shape):
-        raise Refused(
-            f"{where} has an integer weight {list(weight.shape)}, the model's is {list(weight_there.shape)}"
-        )
-    return format_on_meta(kind, prefix, entries, stored, where)
+    module = format_on_meta(kind, prefix, entries, stored, where)
+    if sorted((module.out_features, module.in_features)) != sorted(weight_there.shape):
+        shape = list(entries[f"{prefix}.weight"].shape)
+        raise Refused(f"{where} has an integer weight {shape}, the model's is {list(weight_there.shape)}")
+    return module
 
 
 def format_on_meta(
@@ -234,6 +234,12 @@ def format_on_meta(
     out_features, in_features = weight.shape
     options: dict[str, Any] = {}
     format = FORMATS[kind]
+    if issubclass(format, W4A8Dynamic):
+        shares = entries.get(f"{prefix}.scale_bias")
+        out_features, options["row_parallel"] = (
+            2 * out_features,
+            shares is not None and shares.shape[1:] == (SHARES,),
+        )
     if format.rotated:
         factors = [entries.get(f"{prefix}.{leaf}") for leaf in ("left_trans", "right_trans")]
         sizes = [factor.shape[0] for factor in factors if factor is not None]

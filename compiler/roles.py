@@ -17,7 +17,8 @@ def roles_of(program: Program) -> Mapping[str, frozenset[str]]:
     """Module names per role.
 
     ``gated``: writers of a gated product, both of them. ``row_parallel``: readers of a gated product or of an
-    attention, whose input channels a tensor-parallel server splits. ``expert``: linears of a mixture of experts.
+    attention and the last of an expert, whose input channels a tensor-parallel server splits. ``expert``:
+    linears of a mixture of experts.
     ``router``: linears that say where rows go or how much they count, see ``routers``.
     """
     if "roles" not in program.memory:
@@ -33,10 +34,12 @@ def _roles_of(program: Program) -> Mapping[str, frozenset[str]]:
         row_parallel.add(match.down.module)
     for match in registry.get("patterns", "ov").find(program):
         row_parallel.add(match.o.module)
+    expert = mixtures(program)
+    row_parallel |= {linears[0] for mixture in expert for linears in mixture if linears}
     return {
         "gated": frozenset(gated),
         "row_parallel": frozenset(row_parallel),
-        "expert": frozenset(name for mixture in mixtures(program) for expert in mixture for name in expert),
+        "expert": frozenset(name for mixture in expert for linears in mixture for name in linears),
         "router": routers(program),
     }
 

@@ -80,6 +80,7 @@ W8A8_STATIC = LinearScheme(Int(8, "channel"), Int(8, "tensor", symmetric=False))
 W8A16 = LinearScheme(Int(8, "channel"))
 W4A16 = LinearScheme(Int(4, "channel"))
 W4A16_G64 = LinearScheme(Int(4, "group", group=64))
+W4A8 = LinearScheme(Int(4, "channel"), Int(8, "token"))
 W4A4 = LinearScheme(Int(4, "channel"), Int(4, "token"))
 
 
@@ -140,5 +141,8 @@ ALL_W8A8_STATIC = Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),))
 ALL_W8A16 = Scheme("w8a16", (Rule(scheme=W8A16),))
 ALL_W4A16 = Scheme("w4a16", (Rule(scheme=W4A16),))
 ALL_W4A16_G64 = Scheme("w4a16-g64", (Rule(scheme=W4A16_G64),))
+ALL_W4A8 = Scheme("w4a8", (Rule(scheme=W4A8),))
+EXPERTS_W4A8 = Scheme("experts-w4a8", (Rule(role="expert", scheme=W4A8), Rule(scheme=W8A8)))
+"""W4A8 on experts, W8A8 on the other linears: what servers load of four-bit mixtures."""
 ALL_W4A4 = Scheme("w4a4", (Rule(scheme=W4A4),))
 KEEP_FLOAT = Scheme("float")

@@ -27,7 +27,7 @@ from .plan import Plan, Step
 from .program import Part, Program
 from .proof import Prover
 from .resident import release
-from .roles import mixtures, peers, read_together
+from .roles import mixtures, peers, read_together, roles_of
 from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
@@ -297,11 +297,12 @@ class _PartSolver:
     def _write(self) -> None:
         dtype = self.plan.dtype
         formats, ties = self.plan.formats, self.plan.final.ties
+        row_parallel = roles_of(self.plan.program)["row_parallel"]
         for name, rows in self.rowwise.items():
             if name not in ties:
                 self.solver.sink(name, rows.finished(self.plan.program, dtype))
         for module, q in self.quantized.items():
-            for local, tensor in formats[module].pack(q, dtype).items():
+            for local, tensor in formats[module].pack(q, dtype, module in row_parallel).items():
                 self.solver.sink(f"{module}.{local}", tensor)
         for name, tensor in self.tensors.items():
             if name not in ties and name.rpartition(".")[0] not in self.quantized:

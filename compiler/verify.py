@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.linear import IntegerLinear
+from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
 from .errors import Refused
 from .export import MANIFEST, RUN, digests
@@ -190,6 +191,7 @@ def _values(
 ) -> tuple[int, list[str]]:
     """Read every tensor once, and look whether its numbers can be what they stand for."""
     count, wrong = 0, list[str]()
+    halves: dict[str, dict[str, Tensor]] = {}
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in _each(file):
             prefix, _, leaf = name.rpartition(".")
@@ -198,7 +200,20 @@ def _values(
             reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
             if reason:
                 wrong.append(f"{name}: {reason}")
+            if isinstance(modules.get(prefix), W4A8Dynamic):
+                held = halves.setdefault(prefix, {})
+                held[leaf] = tensor
+                if {"weight", "weight_scale", "scale_bias"} <= held.keys():
+                    wrong += _sums(prefix, **halves.pop(prefix))
     return count, wrong
+
+
+def _sums(prefix: str, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor, **rest: Tensor) -> list[str]:
+    """Whether what the server takes off again, for nibbles without a sign, is what its weight makes of them."""
+    wanted = sums(unpack_pairs(weight), weight_scale, scale_bias.shape[1])
+    if torch.allclose(scale_bias, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max())):
+        return []
+    return [f"{prefix}.scale_bias: it is not eight times the sums of the weight"]
 
 
 def _each(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -215,6 +230,8 @@ def _finite(tensor: Tensor, module: IntegerLinear | None = None) -> str:
 
 
 def _integers(tensor: Tensor, module: IntegerLinear) -> str:
+    if module.packed:
+        return ""  # two integers in a byte: every byte is two of them
     low, high = -(2 ** (module.weight_bits - 1)), 2 ** (module.weight_bits - 1) - 1
     least, most = int(tensor.min()), int(tensor.max())
     if low <= least and most <= high:

@@ -7,11 +7,15 @@ from types import MappingProxyType
 
 from .linear import IntegerLinear
 from .w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
+from .w4a8 import W4A8Dynamic
 from .w8a8 import W8A8, W8A8Dynamic
 from .weight_only import W4A16, W8A16
 
 FORMATS: Mapping[str, type[IntegerLinear]] = MappingProxyType(
-    {format.type: format for format in (W8A8, W8A8Dynamic, W8A16, W4A4Dynamic, W4A4FlatQuantDynamic, W4A16)}
+    {
+        format.type: format
+        for format in (W8A8, W8A8Dynamic, W8A16, W4A4Dynamic, W4A4FlatQuantDynamic, W4A8Dynamic, W4A16)
+    }
 )
 """Type string to module class."""
 

@@ -30,6 +30,8 @@ class IntegerLinear(nn.Module, ABC):
     """Whether the activation's scale is stored."""
     rotated: ClassVar[bool] = False
     """Whether an online rotation comes before the activation is quantized."""
+    packed: ClassVar[bool] = False
+    """Whether two int4 share a byte on disk."""
     grouped: ClassVar[bool] = True
     """Whether the weight's scales may be per group of input channels."""
 
@@ -78,8 +80,10 @@ class IntegerLinear(nn.Module, ABC):
         return dtype
 
     @classmethod
-    def pack(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack(cls, q: QuantizedLinear, dtype: torch.dtype, row_parallel: bool = False) -> dict[str, Tensor]:
         """The tensors on disk of one linear of a model of ``dtype``.
+
+        ``row_parallel``: whether a tensor-parallel server splits its input channels.
 
         ValueError where the integers or scales cannot be stored without changing them, or where ``q`` carries
         what this format has no place for.
@@ -122,6 +126,11 @@ class IntegerLinear(nn.Module, ABC):
             if found:
                 raise ValueError(f"cannot pack a {out} x {width} linear as {cls.type}: {problem}")
 
+    @property
+    def integers(self) -> Tensor:
+        """The weight as int8 [out, in], however it is stored."""
+        return self.weight
+
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
         """The linear without its bias, of [rows, in_features] to float [rows, out_features]."""
@@ -141,9 +150,9 @@ class IntegerLinear(nn.Module, ABC):
     def product(self, integers: Tensor, scale: Tensor) -> Tensor:
         """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out]."""
         if self.group_size:
-            y = integers.to(torch.float32) @ dequantize(self.weight, self.scale).t()
+            y = integers.to(torch.float32) @ dequantize(self.integers, self.scale).t()
         else:
-            y = int_matmul(integers, self.weight).to(torch.float32) * self.scale.t()
+            y = int_matmul(integers, self.integers).to(torch.float32) * self.scale.t()
         return y * scale
 
     def extra_repr(self) -> str:

@@ -78,7 +78,7 @@ class W4A4FlatQuantDynamic(IntegerLinear):
         return torch.float32
 
     @classmethod
-    def pack(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack(cls, q: QuantizedLinear, dtype: torch.dtype, row_parallel: bool = False) -> dict[str, Tensor]:
         """The tensors on disk. ValueError as for every format, and for factors the server does not take."""
         packed = super().pack(q, dtype)
         assert q.left is not None, "checked"

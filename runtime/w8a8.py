@@ -54,7 +54,7 @@ class W8A8(IntegerLinear):
         return torch.float32
 
     @classmethod
-    def pack(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    def pack(cls, q: QuantizedLinear, dtype: torch.dtype, row_parallel: bool = False) -> dict[str, Tensor]:
         """The tensors on disk; the bias is folded into ``quant_bias``. ValueError as for every format."""
         cls._check(q, dtype)
         assert q.input_scale is not None, "checked"

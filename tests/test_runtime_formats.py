@@ -19,6 +19,7 @@ from qc.runtime.norm import RMSNormBias
 from qc.runtime.quantize import quantize, round_scale, scale_for, scale_offset_for
 from qc.runtime.quantized import QuantizedLinear
 from qc.runtime.w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
+from qc.runtime.w4a8 import SHARES, W4A8Dynamic, pack_pairs, unpack_pairs
 from qc.runtime.w8a8 import W8A8, W8A8Dynamic
 from qc.runtime.weight_only import W4A16, W8A16
 
@@ -51,6 +52,7 @@ def module(
     cls: type[IntegerLinear], packed: dict[str, Tensor], dtype: torch.dtype = BF16, **options: Any
 ) -> IntegerLinear:
     out, width = packed["weight"].shape
+    out *= 2 if cls.packed else 1
     built = cls(width, out, bias="bias" in packed, dtype=dtype, device="meta", **options)
     built.load_state_dict(packed, assign=True, strict=True)
     return built
@@ -79,6 +81,7 @@ BOUND = {
     "W8A8_DYNAMIC": 0.015,
     "W8A16": 0.01,
     "W4A16": 0.15,
+    "W4A8_DYNAMIC": 0.15,
     "W4A4_DYNAMIC": 0.2,
     "W4A4_FLATQUANT_DYNAMIC": 0.2,
 }
@@ -97,11 +100,11 @@ def test_a_module_is_near_the_float_linear(cls: type[IntegerLinear], dtype: torc
     assert error(y, x.double() @ weight.double().T + q.bias.double()) < BOUND[cls.type]
 
 
-@given(st.integers(0, 100), st.sampled_from([W8A8Dynamic, W4A4Dynamic]))
+@given(st.integers(0, 100), st.sampled_from([W8A8Dynamic, W4A4Dynamic, W4A8Dynamic]))
 def test_dynamic_arithmetic_is_exact(seed: int, cls: type[IntegerLinear]) -> None:
     q = quantized(cls, randn(OUT, IN, seed=seed))
     x = randn(5, IN, seed=seed + 1)
-    top = 2 ** (cls.weight_bits - 1) - 1
+    top = 2 ** ((cls.act_bits or 0) - 1) - 1
     step = x.abs().amax(-1, keepdim=True) / top
     integers = (x / step).round()
     wanted = ((integers.double() @ q.weight.double().T).float() * q.scale.T) * step
@@ -220,6 +223,24 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
         torch.testing.assert_close(y[0], q.bias, rtol=0.01, atol=0.02, msg=cls.type)
 
 
+def test_worked_packed_values() -> None:
+    packed = pack_pairs(torch.tensor([[3, -2], [-8, 7]], dtype=torch.int8))
+    assert packed.tolist() == [[-125, 126]]  # 0x83, 0x7E
+    assert unpack_pairs(packed).tolist() == [[3, -2], [-8, 7]]
+
+
+@given(st.integers(0, 100), st.booleans())
+def test_pairs_and_sums_are_those_of_the_weight(seed: int, row_parallel: bool) -> None:
+    q = quantized(W4A8Dynamic, randn(OUT, IN, seed=seed))
+    packed = W4A8Dynamic.pack(q, BF16, row_parallel)
+    assert torch.equal(unpack_pairs(packed["weight"]), q.weight)
+    parts = (q.weight.double() * q.scale.double()).chunk(SHARES if row_parallel else 1, dim=1)
+    wanted = 8 * torch.stack([part.sum(1) for part in parts], dim=1)
+    torch.testing.assert_close(packed["scale_bias"], wanted.float())
+    built = module(W4A8Dynamic, packed, row_parallel=row_parallel)
+    assert torch.equal(built(randn(3, IN)), module(W4A8Dynamic, W4A8Dynamic.pack(q, BF16))(randn(3, IN)))
+
+
 REFUSED: dict[str, tuple[type[IntegerLinear], dict[str, Any]]] = {
     "integers lie outside -8..7": (W4A16, {"weight": torch.full((OUT, IN), 8, dtype=torch.int8)}),
     "the weight must be int8": (W8A16, {"weight": torch.zeros(OUT, IN)}),
@@ -237,6 +258,7 @@ REFUSED: dict[str, tuple[type[IntegerLinear], dict[str, Any]]] = {
     "no place for an online rotation": (W4A4Dynamic, {"left": torch.eye(8)}),
     "no place for a clip ratio": (W4A4Dynamic, {"clip": 0.5}),
     r"clip ratio 1.5 is not in \(0, 1\]": (W4A4FlatQuantDynamic, {"clip": 1.5}),
+    "outputs go in pairs": (W4A8Dynamic, {"weight": torch.zeros(3, IN).char(), "scale": torch.ones(3, 1)}),
     "round the factors": (W4A4FlatQuantDynamic, {"left": random_hadamard(8, 1) * 1.01}),
     r"factors of \(4, 16\), but the server splits into \(8, 8\)": (
         W4A4FlatQuantDynamic,
@@ -259,6 +281,10 @@ def test_construction_refuses() -> None:
         W8A8(64, 8, group_size=16)
     with pytest.raises(ValueError, match="100 cannot carry"):
         W4A4FlatQuantDynamic(100, 8)
+    with pytest.raises(ValueError, match="in pairs, and there are 7"):
+        W4A8Dynamic(64, 7)
+    with pytest.raises(ValueError, match="24 inputs are not 16 equal"):
+        W4A8Dynamic(24, 8, row_parallel=True)
     with pytest.raises(ValueError, match="3 equal blocks"):
         W4A4FlatQuantDynamic(64, 8, blocks=3)
 
@@ -268,6 +294,7 @@ def test_format_of() -> None:
     assert format_of(8, 8, False, False) is W8A8Dynamic
     assert format_of(8, None, False, False) is W8A16
     assert format_of(4, None, False, False) is W4A16
+    assert format_of(4, 8, False, False) is W4A8Dynamic
     assert format_of(4, 4, False, False) is W4A4Dynamic
     assert format_of(4, 4, False, True) is W4A4FlatQuantDynamic
     with pytest.raises(ValueError, match="int8 weights, int8 activations, online rotation"):

@@ -13,6 +13,7 @@ from qc.compiler.safetensors_io import TensorSpec
 from qc.compiler.scheme import (
     FLOAT,
     W4A4,
+    W4A8,
     W4A16,
     W4A16_G64,
     W8A8,
@@ -70,7 +71,8 @@ def test_what_is_served_alike_everywhere_has_no_problem(scheme: LinearScheme) ->
         (W4A16_G64, None, "W4A16"),
         (LinearScheme(Int(4, "group", 64), Int(4, "token")), None, "W4A4_DYNAMIC"),
         (LinearScheme(Int(8, "group", 64), Int(8, "tensor")), None, None),
-        (LinearScheme(Int(4, "channel"), Int(8, "token")), None, None),
+        (W4A8, "W4A8_DYNAMIC", "W4A8_DYNAMIC"),
+        (LinearScheme(Int(4, "group", 64), Int(8, "token")), None, None),
         (LinearScheme(Int(8, "channel", symmetric=False)), None, None),
         (FLOAT, None, None),
     ],
@@ -97,7 +99,8 @@ def test_only_int4_readers_rotate_online() -> None:
     [
         (W4A16, "type", "W4A16"),
         (W4A16_G64, "group", "group of 64"),
-        (LinearScheme(Int(4, "channel"), Int(8, "token")), "type", "W4A8"),
+        (W4A8, "dense", "W4A8"),
+        (LinearScheme(Int(4, "channel"), Int(8, "tensor")), "type", "W4A8"),
     ],
 )
 def test_schemes_that_the_server_has_no_linear_for(scheme: LinearScheme, rule: str, told_of: str) -> None:
@@ -243,6 +246,19 @@ def test_experts() -> None:
     ]
 
 
+def test_four_bit_experts_are_served_on_ranks_that_share_out_their_sums() -> None:
+    names = [f"{LAYER}.mlp.experts.0.{n}_proj" for n in ("gate", "up", "down")]
+    sites = {
+        n: LinearSite(n, 192, 192, W4A8, expert=True, row_parallel=n.endswith("down_proj")) for n in names
+    }
+    model = replace(MODEL, attentions=(Heads(48, 48, 8),))
+    assert rules(list(sites.values())) == []
+    assert VLLM_ASCEND.tp_sizes(list(sites.values()), model) == (1, 2, 4, 8)
+    narrow = VLLM_ASCEND.check(having(sites, names[2], in_features=184), MODEL)
+    assert [(p.rule, p.site) for p in narrow] == [("size", names[2])]
+    assert "16 equal stretches" in narrow[0].message
+
+
 def test_weights_that_the_server_turns_when_loading() -> None:
     name = GATED[1]
     assert rules(having(layer(), name, transposed=True)) == [("transposed", name)]
@@ -285,9 +301,9 @@ def test_packs_of_int4_stay_whole_on_every_rank() -> None:
 
 
 def test_modelslim_says_whatever_the_layout_can() -> None:
-    for scheme in (W8A8, W8A8_STATIC, W8A16, W4A16, W4A16_G64, W4A4):
+    for scheme in (W8A8, W8A8_STATIC, W8A16, W4A16, W4A16_G64, W4A8, W4A4):
         assert MODELSLIM.check(list(layer(scheme).values()), MODEL) == ()
-    odd = LinearScheme(Int(4, "channel"), Int(8, "token"))
+    odd = LinearScheme(Int(4, "channel"), Int(8, "tensor"))
     assert {p.rule for p in MODELSLIM.check(list(layer(odd).values()), MODEL)} == {"type"}
     grouped = LinearScheme(Int(4, "group", 96))
     assert len(MODELSLIM.check(list(layer(grouped).values()), MODEL)) == len(layer())

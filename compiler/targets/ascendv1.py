@@ -10,6 +10,7 @@ import torch
 from ...runtime.formats import format_of as runtime_format
 from ...runtime.linear import IntegerLinear
 from ...runtime.w4a4 import W4A4FlatQuantDynamic
+from ...runtime.w4a8 import W4A8Dynamic
 from ..errors import Refused
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
@@ -28,7 +29,8 @@ PRIORITY = (
     "W4A4_DYNAMIC",
     "W4A4_FLATQUANT_DYNAMIC",
 )
-"""Type strings in ascending order: the last one present names the model."""
+"""Type strings in ascending order: the last one present names the model. ``W4A8_DYNAMIC`` never does, as in the
+reference: a mixture with such experts has the name of its other linears."""
 
 
 def format_of(scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
@@ -53,6 +55,8 @@ def linear_tensors(
     options: dict[str, Any] = {"bias": site.bias, "dtype": dtype, "group_size": group, "device": "meta"}
     if issubclass(format, W4A4FlatQuantDynamic):
         options["blocks"] = site.blocks
+    if issubclass(format, W4A8Dynamic):
+        options["row_parallel"] = site.row_parallel
     module = format(site.in_features, site.out_features, **options)
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
 
@@ -97,7 +101,7 @@ def description(layout: Layout) -> dict[str, Any]:
     return {
         **layout.types,
         "version": VERSION,
-        "model_quant_type": max(present, key=PRIORITY.index, default=FLOAT_TYPE),
+        "model_quant_type": max(present & set(PRIORITY), key=PRIORITY.index, default=FLOAT_TYPE),
         "group_size": layout.group_size,
         "metadata": {},
         "optional": {},

@@ -18,15 +18,17 @@ import torch
 from ...runtime.formats import FORMATS
 from ...runtime.kronecker import split as server_split
 from ...runtime.linear import IntegerLinear
+from ...runtime.w4a8 import SHARES
 from ..safetensors_io import TensorSpec
-from ..scheme import LinearScheme
+from ..scheme import W4A8, LinearScheme
 from . import ascendv1
 from .served import LinearSite, ModelFacts
 from .target import DiskNames, Layout, Problem, Target
 
 SERVED = frozenset({"W8A8", "W8A8_DYNAMIC", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC"})
 """Types of dense linears that every release from 0.18 on registers."""
-SERVED_EXPERTS = frozenset({"W8A8_DYNAMIC"})
+SERVED_EXPERTS = frozenset({"W8A8_DYNAMIC", "W4A8_DYNAMIC"})
+"""Types of experts that every release from 0.18 on registers."""
 LONGEST_SIDE = 65_535
 """Largest side of the operands of ``npu_quant_matmul``."""
 SAFE_FACTOR = 128
@@ -45,7 +47,7 @@ class VllmAscend(Target):
         """The served format of a scheme; there are no groups and no int4 weights with float activations."""
         found = ascendv1.format_of(scheme, rotated)
         grouped = scheme.weight is not None and scheme.weight.group > 0
-        return found if found is not None and found.type in SERVED and not grouped else None
+        return found if found is not None and found.type in SERVED | SERVED_EXPERTS and not grouped else None
 
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
         """Errors and warnings of every rule, in the order of the sites."""
@@ -125,7 +127,14 @@ class VllmAscend(Target):
                 "expert",
                 site.name,
                 f"experts are served as {', '.join(sorted(SERVED_EXPERTS))}, not as {self._label(site)}",
-                "give experts the scheme w8a8",
+                "give experts the scheme w8a8 or w4a8",
+            )
+        elif not site.expert and self._label(site) not in SERVED:
+            yield Problem(
+                "dense",
+                site.name,
+                f"{self._label(site)} is served for experts only",
+                "take the scheme experts-w4a8, in which the other linears are w8a8, or --target modelslim",
             )
 
     def _no_format(self, site: LinearSite) -> Problem:
@@ -281,6 +290,13 @@ def _sizes(site: LinearSite) -> Iterator[Problem]:
             f"int4 goes in packs of 8 channels, and it has {site.in_features} in and {site.out_features} out",
             "give it 8 bits, or keep it float",
         )
+    elif site.expert and site.row_parallel and site.in_features % SHARES and site.scheme == W4A8:
+        yield Problem(
+            "size",
+            site.name,
+            f"its {site.in_features} input channels are not {SHARES} equal stretches, for each of which W4A8 has a sum",
+            "give experts the scheme w8a8",
+        )
 
 
 def _rotation_shown(shards: Sequence[LinearSite]) -> list[str]:
@@ -341,6 +357,8 @@ def _undivided(ranks: int, sites: Sequence[LinearSite], model: ModelFacts) -> tu
             return site.name, f"{cut} channels"
         weight = site.scheme.weight
         packed = 8 if weight is not None and weight.bits == 4 and site.scheme.act is not None else 1
+        if site.expert and site.row_parallel and site.scheme == W4A8 and SHARES % ranks:
+            return site.name, f"it has sums over {SHARES} stretches of its channels"
         if weight is not None and site.row_parallel and (cut // ranks) % max(packed, weight.group or 1):
             return site.name, f"{cut // ranks} channels per rank"
     return None
