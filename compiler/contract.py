@@ -154,6 +154,8 @@ class Pass(ABC):
     claim: ClassVar[Claim]
     weight_methods: ClassVar[tuple[str, ...]] = ()
     """The recipe's names of the methods by which it makes integers of weights; a ``qconfig`` must ask for one."""
+    act_methods: ClassVar[tuple[str, ...]] = ("minmax",)
+    """Those by which it finds the range of a static activation."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -200,6 +202,8 @@ class Pass(ABC):
         return {
             name: tuple(str(one) if isinstance(one, Rule) else one for one in value)
             if isinstance(value, tuple)
+            else str(value)
+            if isinstance(value, Rule)
             else value
             for name, value in values.items()
         }

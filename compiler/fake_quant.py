@@ -19,7 +19,7 @@ def fake_act(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
     """An activation [..., in] on the grid that the scheme gives it; its dtype is kept."""
     if scheme.act is None:
         return x
-    if not scheme.static:
+    if not scheme.static:  # a mix too: what is measured and trained on is prefill
         ranks = 1 if q.left is None or q.right is None else blocks(x.shape[-1], q.left, q.right)
         return fake_quant_per_token(x.unflatten(-1, (ranks, -1)), scheme.act.bits, q.clip).flatten(-2)
     assert q.input_scale is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,29 +10,8 @@ from torch.nn import functional as F
 
 from .errors import Failed
 from .operand import Statistic
+from .statistics import KINDS, Observed
 from .view import LinearHook
-
-
-def absmax(x: Tensor) -> Tensor:
-    """Largest magnitude per channel of rows [n, channels]."""
-    return x.abs().amax(0).float()
-
-
-def extremes(x: Tensor) -> Tensor:
-    """Minimum and maximum per channel of rows [n, channels], stacked [2, channels]."""
-    return torch.stack([x.amin(0), x.amax(0)]).float()
-
-
-def widen(old: Tensor, new: Tensor) -> Tensor:
-    """The union of two ranges [2, channels]."""
-    return torch.stack([torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])])
-
-
-KINDS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
-    "absmax": (absmax, torch.maximum),
-    "range": (extremes, widen),
-}
-"""Kind of statistic: what it is of some rows, and how two of them are joined."""
 
 
 class RowCounts:
@@ -64,15 +42,12 @@ class Observers:
             if statistic.kind not in KINDS:
                 raise Failed(f"unknown statistic {statistic.kind!r}; there are {', '.join(KINDS)}")
             self.wanted.setdefault(statistic.module, []).append(statistic)
-        self.found: dict[Statistic, Tensor] = {}
+        self.seen: dict[Statistic, Observed] = {}
 
     def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear itself, observed."""
         for statistic in self.wanted.get(name, ()) if x.numel() else ():
-            measure, join = KINDS[statistic.kind]
-            new = measure(x.reshape(-1, x.shape[-1]))
-            old = self.found.get(statistic)
-            self.found[statistic] = new if old is None else join(old, new)
+            self.seen.setdefault(statistic, KINDS[statistic.kind]()).add(x.reshape(-1, x.shape[-1]))
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def results(self) -> dict[Statistic, Tensor]:
@@ -80,26 +55,30 @@ class Observers:
 
         A linear of an expert that saw no token gets what the same linears of the other experts saw, joined.
         """
-        seen = dict(self.found)
+        found: dict[Statistic, Tensor] = {}
         for module, statistics in self.wanted.items():
             for statistic in statistics:
-                value = self.found.get(statistic)
-                if value is None:
-                    value = self.found[statistic] = self._of_peers(statistic, seen)
+                seen = self.seen.get(statistic)
+                if seen is None:
+                    seen = self._of_peers(statistic)
                     self.unseen.append(module)
+                value = found[statistic] = seen.value
                 if not bool(torch.isfinite(value).all()):
                     raise Failed(
                         f"{module}: its input is not finite on the calibration data. Look for inf or NaN in the "
                         "weights before it, or compute in another --dtype (float32)"
                     )
-        return self.found
+        return found
 
-    def _of_peers(self, statistic: Statistic, seen: Mapping[Statistic, Tensor]) -> Tensor:
+    def _of_peers(self, statistic: Statistic) -> Observed:
         others = [Statistic(statistic.kind, peer) for peer in self.peers.get(statistic.module, ())]
-        values = [seen[other] for other in others if other in seen]
-        if not values:
+        seen = [self.seen[other] for other in others if other in self.seen]
+        if not seen:
             raise Failed(
                 f"{statistic.module} saw no calibration data: "
                 + ("no token was sent to it. Give more --samples" if others else "it was never run")
             )
-        return reduce(KINDS[statistic.kind][1], values)
+        joined = KINDS[statistic.kind]()
+        for one in seen:
+            joined.join(one)
+        return joined

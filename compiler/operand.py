@@ -18,7 +18,8 @@ class Statistic:
     """What has to be observed on calibration data: ``kind`` of the input of linear ``module``, per channel."""
 
     kind: str
-    """``absmax`` or ``range`` (minimum and maximum stacked, [2, channels])."""
+    """A name of ``compiler.statistics.KINDS``: ``absmax``, ``range``, ``absmean``, ``meansquare``, ``rows``,
+    ``histogram``."""
     module: str
 
 
@@ -193,6 +194,10 @@ class Quantize:
 
     scheme: LinearScheme
     slot: Slot
+    weight_method: str = "minmax"
+    """How its integers are found, in the words of the recipe language."""
+    act_method: str = "minmax"
+    """How the range of a static activation is found."""
 
 
 Operand = Vector | Gain | NormBias | Hadamard | Kronecker | Quantize | None

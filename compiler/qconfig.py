@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from . import registry
 from .scheme import FLOAT, Granularity, Int, LinearScheme, Rule
@@ -18,7 +19,6 @@ KNOWN_METHODS = (
 )  # fmt: skip
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 SCALES = "scale_dtype of the recipe: scales have the dtype in which the server holds them, whatever it says"
-ACT_METHODS = ("minmax",)
 FIELDS = ("dtype", "scope", "symmetric", "method", "ext")
 
 
@@ -27,12 +27,22 @@ PER: dict[tuple[str, str, bool], Granularity] = {
     ("weight", "per_group", True): "group",
     ("act", "per_token", True): "token",
     ("act", "per_tensor", False): "tensor",
+    ("act", "per_tensor", True): "tensor",
+    ("act", "pd_mix", False): "mix",
 }
 """Side, scope and symmetric of what is built."""
 THERE_ARE = {
     "weight": "per_channel and per_group, both symmetric",
-    "act": "per_token with symmetric true, per_tensor with symmetric false",
+    "act": "per_token with symmetric true, per_tensor, pd_mix with symmetric false",
 }
+
+
+@dataclass(frozen=True)
+class Methods:
+    """The methods that a pass computes, in the words of the recipe language; the first is what it does by default."""
+
+    weight: tuple[str, ...] = ()
+    act: tuple[str, ...] = ()
 
 
 class Reading:
@@ -56,13 +66,13 @@ class Reading:
             self.notes.append(text)
 
 
-def rule_of(entry: Entry, reading: Reading, methods: Collection[str]) -> Rule | None:
+def rule_of(entry: Entry, reading: Reading, methods: Methods) -> Rule | None:
     """One of ``strategies``: ``{qconfig, include, exclude}``; None when something is wrong with it.
 
     Args:
         entry: The mapping.
         reading: Gets what is wrong.
-        methods: Names of the weight methods that the pass computes.
+        methods: Names of the methods that the pass computes.
     """
     found = mapping(entry, ("qconfig", "include", "exclude"), "a strategy", reading)
     if found is None:
@@ -72,16 +82,16 @@ def rule_of(entry: Entry, reading: Reading, methods: Collection[str]) -> Rule | 
             entry.line, "a strategy has no qconfig: give it one, or an exclude in the others' place"
         )
         return None
-    scheme = scheme_of(found["qconfig"], reading, methods)
+    rule = qconfig_of(found["qconfig"], reading, methods)
     include = globs(found["include"], "include", reading) if "include" in found else ("*",)
     exclude = globs(found["exclude"], "exclude", reading) if "exclude" in found else ()
-    if scheme is None or include is None or exclude is None:
+    if rule is None or include is None or exclude is None:
         return None
-    return Rule(include=include, exclude=exclude, scheme=scheme)
+    return replace(rule, include=include, exclude=exclude)
 
 
-def scheme_of(entry: Entry, reading: Reading, methods: Collection[str]) -> LinearScheme | None:
-    """A ``qconfig``: ``{weight: {...}, act: {...}}``, without ``act`` the activation is float."""
+def qconfig_of(entry: Entry, reading: Reading, methods: Methods) -> Rule | None:
+    """A ``qconfig`` as a rule for every linear: ``{weight: {...}, act: {...}}``, without ``act`` it is float."""
     before = reading.count
     found = mapping(entry, ("weight", "act"), "a qconfig", reading)
     if found is None:
@@ -89,8 +99,8 @@ def scheme_of(entry: Entry, reading: Reading, methods: Collection[str]) -> Linea
     if "weight" not in found:
         reading.fault(entry.line, "a qconfig has no weight: {dtype, scope, symmetric, method} of the weight")
         return None
-    weight = _format(found["weight"], "weight", reading, methods)
-    act = _format(found["act"], "act", reading, methods) if "act" in found else None
+    weight, weight_method = format_of(found["weight"], "weight", reading, methods)
+    act, act_method = format_of(found["act"], "act", reading, methods) if "act" in found else (None, None)
     if reading.count > before:
         return None
     scheme = LinearScheme(weight, act)
@@ -101,7 +111,17 @@ def scheme_of(entry: Entry, reading: Reading, methods: Collection[str]) -> Linea
             + "; ".join(words(one) for one in _what_can_be_had()),
         )
         return None
-    return scheme
+    return Rule(
+        scheme=scheme,
+        weight_method=None if weight_method in methods.weight[:1] else weight_method,
+        act_method=None if act_method in methods.act[:1] else act_method,
+    )
+
+
+def weight_rule_of(entry: Entry, reading: Reading, methods: Methods) -> Rule | None:
+    """A ``weight_qconfig``, the format of a weight alone, as a rule for every linear."""
+    weight, method = format_of(entry, "weight", reading, methods)
+    return None if weight is None else Rule(scheme=LinearScheme(weight), weight_method=method)
 
 
 def words(scheme: LinearScheme) -> str:
@@ -113,7 +133,8 @@ def words(scheme: LinearScheme) -> str:
     kind = f"weight int{weight.bits} per_{weight.per}{group}"
     if act is None:
         return f"{kind} with act float"
-    return f"{kind} with act int{act.bits} per_{act.per}" + ("" if act.symmetric else ", symmetric false")
+    act_kind = "pd_mix" if act.per == "mix" else f"per_{act.per}"
+    return f"{kind} with act int{act.bits} {act_kind}" + ("" if act.symmetric else ", symmetric false")
 
 
 def _held(scheme: LinearScheme) -> bool:
@@ -123,23 +144,26 @@ def _held(scheme: LinearScheme) -> bool:
 
 def _what_can_be_had() -> Iterator[LinearScheme]:
     """Every combination that some target holds; groups stand there once, with any size."""
-    acts = (None, Int(8, "token"), Int(4, "token"), Int(8, "tensor", symmetric=False))
+    acts = (
+        None, Int(8, "token"), Int(4, "token"), Int(8, "tensor", symmetric=False), Int(8, "tensor"),
+        Int(8, "mix", symmetric=False),
+    )  # fmt: skip
     weights = [w for bits in (8, 4) for w in (Int(bits, "channel"), Int(bits, "group", group=1))]
     for weight in weights:
         yield from (one for act in acts if _held(one := LinearScheme(weight, act)))
 
 
-def _format(entry: Entry, side: str, reading: Reading, methods: Collection[str]) -> Int | None:
-    """The format of a weight or an activation; None for float, and when something is wrong with it."""
+def format_of(entry: Entry, side: str, reading: Reading, methods: Methods) -> tuple[Int | None, str | None]:
+    """The format and the method of a weight or an activation; None for float, and when something is wrong."""
     found = mapping(entry, FIELDS, f"the {side} of a qconfig", reading)
     if found is None:
-        return None
+        return None, None
     needed = FIELDS[:-1]
     lacking = [name for name in needed if name not in found]
     if lacking:
         why = f"the {side} of a qconfig has no {', '.join(lacking)}: it needs {', '.join(needed)}"
         reading.fault(entry.line, why)
-        return None
+        return None, None
     dtype = _one_of(found["dtype"], "dtype", KNOWN_DTYPES, reading)
     scope = _one_of(found["scope"], "scope", KNOWN_SCOPES, reading)
     method = _one_of(found["method"], "method", KNOWN_METHODS, reading)
@@ -149,28 +173,31 @@ def _format(entry: Entry, side: str, reading: Reading, methods: Collection[str])
             found["symmetric"].line, f"symmetric is true or false, this is {found['symmetric'].kind}"
         )
     if dtype is None or scope is None or method is None or not isinstance(symmetric, bool):
-        return None
+        return None, None
     if dtype == "float":
-        return None
+        return None, None
     if dtype not in DTYPES:
         there = f"there are float, {', '.join(DTYPES)}"
         reading.fault(found["dtype"].line, f"dtype {dtype} of the {side} is not supported yet: {there}")
-        return None
-    allowed = tuple(methods) if side == "weight" else ACT_METHODS
+        return None, None
+    allowed = methods.weight if side == "weight" else methods.act
     if method not in allowed:
         there = f"there is {' or '.join(allowed)}"
         reading.fault(found["method"].line, f"method {method} of the {side} is not supported here: {there}")
-        return None
+        return None, None
     per = PER.get((side, scope, symmetric))
     if per is None:
         kind = f"scope {scope} with symmetric {str(symmetric).lower()}"
         why = f"{kind} of the {side} is not supported yet: there are {THERE_ARE[side]}"
         reading.fault(found["scope"].line, why)
-        return None
+        return None, None
+    if side == "act" and method == "histogram" and per == "token":
+        why = "method histogram belongs to per_tensor and pd_mix: a range per token is found while the model runs"
+        reading.fault(found["method"].line, why)
     group = _ext(found["ext"], side, per, reading) if "ext" in found else None
     if per == "group" and group is None:
         reading.fault(entry.line, "scope per_group needs ext.group_size, a positive whole number")
-    return Int(DTYPES[dtype], per, group=group or 0, symmetric=symmetric)
+    return Int(DTYPES[dtype], per, group=group or 0, symmetric=symmetric), method
 
 
 def _ext(entry: Entry, side: str, per: Granularity, reading: Reading) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from . import registry
 from .contract import Pass, spell
 from .errors import Refused
-from .qconfig import Reading, mapping, rule_of, scheme_of
+from .qconfig import Methods, Reading, mapping, qconfig_of, rule_of, weight_rule_of
 from .recipe_names import API_VERSIONS, OPTIONS, PROCESSORS, RUNNERS, SAVERS
 from .scheme import Rule
 from .spelling import convert, expansion, maker
@@ -151,7 +151,8 @@ def _item(item: Entry, reading: Reading) -> tuple[Pass, ...]:
         return ()
     before = reading.count
     make, fields = maker(name)
-    values = _options(name, item, fields, getattr(make, "weight_methods", ()), reading)
+    methods = Methods(getattr(make, "weight_methods", ()), getattr(make, "act_methods", ()))
+    values = _options(name, item, fields, methods, reading)
     if reading.count > before:
         return ()
     try:
@@ -168,7 +169,7 @@ def _item(item: Entry, reading: Reading) -> tuple[Pass, ...]:
 
 
 def _options(
-    name: str, item: Entry, fields: Mapping[str, Any], methods: Collection[str], reading: Reading
+    name: str, item: Entry, fields: Mapping[str, Any], methods: Methods, reading: Reading
 ) -> dict[str, Any]:
     """Values of the fields of a pass. ``qconfig`` is one strategy for all linears that the pass takes."""
     assert isinstance(item.value, Mapping)
@@ -184,8 +185,8 @@ def _options(
         elif short and key == "qconfig":
             if "strategies" in item.value:
                 reading.fault(line, f"{name} has a qconfig and strategies: give one of them")
-            scheme = scheme_of(entry, reading, methods)
-            values["strategies"] = () if scheme is None else (Rule(scheme=scheme),)
+            rule = qconfig_of(entry, reading, methods)
+            values["strategies"] = () if rule is None else (rule,)
         elif key not in fields:
             known = [*fields, *missing, *(["qconfig"] if short else [])]
             reading.fault(
@@ -198,7 +199,7 @@ def _options(
     return values
 
 
-def _value(entry: Entry, kind: Any, what: str, methods: Collection[str], reading: Reading) -> Any:
+def _value(entry: Entry, kind: Any, what: str, methods: Methods, reading: Reading) -> Any:
     """A value of the type of a field: as on the command line, but for lists, which are lists here."""
     origin, inside = typing.get_origin(kind), typing.get_args(kind)
     value = entry.value
@@ -206,6 +207,10 @@ def _value(entry: Entry, kind: Any, what: str, methods: Collection[str], reading
         if value is None and type(None) in inside:
             return None
         if Rule in inside and isinstance(value, Mapping):
+            if what.endswith("weight_qconfig"):
+                return weight_rule_of(entry, reading, methods)
+            if what.endswith("qconfig"):
+                return qconfig_of(entry, reading, methods)
             return rule_of(entry, reading, methods)
         return _value(entry, next(arm for arm in inside if arm is not type(None)), what, methods, reading)
     if origin is tuple:

@@ -11,7 +11,7 @@ from wcmatch._wcparse import PatternLimitException
 
 from .errors import Refused
 
-Granularity = Literal["tensor", "channel", "token", "group"]
+Granularity = Literal["tensor", "channel", "token", "group", "mix"]
 GLOB_FLAGS = fnmatch.BRACE | fnmatch.CASE
 BRACE_LIMIT = 10_000
 """Most alternatives that one glob may expand to."""
@@ -19,7 +19,10 @@ BRACE_LIMIT = 10_000
 
 @dataclass(frozen=True)
 class Int:
-    """A signed symmetric integer format; an asymmetric activation (``per="tensor"``) carries an offset."""
+    """A signed symmetric integer format; an asymmetric activation (``per="tensor"``) carries an offset.
+
+    ``per="mix"`` is an activation that a server quantizes per token in prefill and per tensor in decode.
+    """
 
     bits: int
     per: Granularity
@@ -42,6 +45,10 @@ class Int:
         return f"int{self.bits}/{per}" + ("" if self.symmetric else "/asym")
 
 
+SPELLED = {"tensor": "-static", "mix": "-mix"}
+"""Scopes of activations other than the token."""
+
+
 @dataclass(frozen=True)
 class LinearScheme:
     """Formats of one linear: its weight and its input activation; None means float."""
@@ -60,23 +67,38 @@ class LinearScheme:
         return self.act is not None and self.act.per == "tensor"
 
     @property
+    def ranged(self) -> bool:
+        """Whether a range of the activation is needed from calibration."""
+        return self.act is not None and self.act.per in ("tensor", "mix")
+
+    @property
+    def scope(self) -> str | None:
+        """What shares one scale of the activation; None where it is float."""
+        return None if self.act is None else self.act.per
+
+    @property
     def spelling(self) -> str:
         """Its name on the command line: ``w8a8``, ``w4a16-g128``, ``float``."""
         if self.weight is None:
             return "float"
-        name = f"w{self.weight.bits}a{self.act.bits if self.act else 16}" + ("-static" if self.static else "")
+        act = f"{self.act.bits if self.act else 16}{SPELLED.get(self.scope or '', '')}"
+        if self.static and self.act is not None and self.act.symmetric:
+            act += "-symmetric"
+        name = f"w{self.weight.bits}a{act}"
         return name + (f"-g{self.weight.group}" if self.weight.group else "")
 
     def __str__(self) -> str:
         weight = f"W{self.weight.bits}" if self.weight else "W16"
         act = f"A{self.act.bits}" if self.act else "A16"
         group = f" g{self.weight.group}" if self.weight and self.weight.group else ""
-        return weight + act + (" static" if self.static else "") + group
+        return weight + act + SPELLED.get(self.scope or "", "").replace("-", " ") + group
 
 
 FLOAT = LinearScheme()
 W8A8 = LinearScheme(Int(8, "channel"), Int(8, "token"))
 W8A8_STATIC = LinearScheme(Int(8, "channel"), Int(8, "tensor", symmetric=False))
+W8A8_STATIC_SYMMETRIC = LinearScheme(Int(8, "channel"), Int(8, "tensor"))
+W8A8_MIX = LinearScheme(Int(8, "channel"), Int(8, "mix", symmetric=False))
 W8A16 = LinearScheme(Int(8, "channel"))
 W4A16 = LinearScheme(Int(4, "channel"))
 W4A16_G64 = LinearScheme(Int(4, "group", group=64))
@@ -108,6 +130,10 @@ class Rule:
     """A role that patterns give to linears by dataflow: ``gated`` (writer of a gated product), ``expert``."""
     # what it does
     scheme: LinearScheme
+    weight_method: str | None = None
+    """How a pass that knows several makes its integers; None leaves it to the pass."""
+    act_method: str | None = None
+    """How the range of a static activation is found; None leaves it to the pass."""
 
     def applies(self, name: str, roles: Mapping[str, frozenset[str]]) -> bool:
         """Whether this rule takes the linear ``name``, given the linears that have each role."""
@@ -119,6 +145,7 @@ class Rule:
         """As a strategy is spelled on the command line: ``w4a4:*.up_proj|!*.0.*``."""
         globs = "|".join((*self.include, *(f"!{glob}" for glob in self.exclude)))
         named = self.scheme.spelling + (f" of {self.role}" if self.role else "")
+        named += "".join(f"@{one}" for one in (self.weight_method, self.act_method) if one)
         return named if globs == "*" else f"{named}:{globs}"
 
 
@@ -129,15 +156,22 @@ class Scheme:
     name: str
     rules: tuple[Rule, ...] = field(default_factory=tuple)
 
+    def rule(self, name: str, roles: Mapping[str, frozenset[str]]) -> Rule | None:
+        """The rule that takes the linear ``name``."""
+        return next((rule for rule in self.rules if rule.applies(name, roles)), None)
+
     def of(self, name: str, roles: Mapping[str, frozenset[str]]) -> LinearScheme:
         """The formats of the linear ``name``."""
-        return next((rule.scheme for rule in self.rules if rule.applies(name, roles)), FLOAT)
+        rule = self.rule(name, roles)
+        return FLOAT if rule is None else rule.scheme
 
 
 AUTO = Scheme("auto", (Rule(role="expert", scheme=W8A8), Rule(role="gated", scheme=W4A4), Rule(scheme=W8A8)))
 """W4A4 on the writers of every gated product, W8A8 on the other linears and on experts."""
 ALL_W8A8 = Scheme("w8a8", (Rule(scheme=W8A8),))
 ALL_W8A8_STATIC = Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),))
+ALL_W8A8_STATIC_SYMMETRIC = Scheme("w8a8-static-symmetric", (Rule(scheme=W8A8_STATIC_SYMMETRIC),))
+ALL_W8A8_MIX = Scheme("w8a8-mix", (Rule(scheme=W8A8_MIX),))
 ALL_W8A16 = Scheme("w8a16", (Rule(scheme=W8A16),))
 ALL_W4A16 = Scheme("w4a16", (Rule(scheme=W4A16),))
 ALL_W4A16_G64 = Scheme("w4a16-g64", (Rule(scheme=W4A16_G64),))

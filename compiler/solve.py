@@ -7,7 +7,7 @@ and forget. Peak memory is a few times one block, whatever the depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
-from .edit import Edit, Verb, apply, by_module
-from .errors import Failed
+from .edit import Verb, apply, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal
 from .observe import Observers, RowCounts
 from .operand import Quantize, Slot, Statistic
+from .part_work import cast, check_values, main_value, own_names, restricted
 from .plan import Plan, Step
-from .program import Part, Program
+from .program import Part
 from .proof import Prover
 from .resident import release
 from .roles import mixtures, peers, read_together, roles_of
@@ -73,6 +73,11 @@ class Solver:
         self.prover = Prover(plan, ids)
         self.quantizes_inputs = any(step.what.propagates_quantized for step in plan.steps)
         self.held = {name: tensor.dtype for name, tensor in plan.program.root.state_dict().items()}
+        self.planned = {
+            edit.site.module: edit.operand
+            for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits
+            if isinstance(edit.operand, Quantize)
+        }  # fmt: skip
         self.float_stream: Stream | None = None
         self.quantized_stream: Stream | None = None
 
@@ -214,6 +219,7 @@ class _PartSolver:
             transposed=frozenset(name for name, leaf in self.plan.program.leaves.items() if leaf.transposed),
             quantized=self.quantized,
             schemes=self.schemes,
+            planned=self.solver.planned,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)
@@ -335,63 +341,3 @@ class _PartSolver:
     def _last_float_step(self) -> Step:
         """The state after all passes, in which the float tensors are now: quantizers change no graph."""
         return replace(self.plan.steps[-1], program=self.plan.final, bases=self.plan.bases)
-
-
-def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
-    """The rewrites of a step, each with the edits whose modules lie in one part."""
-    inside = {str(node.target) for node in program.nodes(part) if node.op == "call_module"}
-    found = []
-    for rewrite in step.answer.rewrites:
-        edits: tuple[Edit, ...] = tuple(edit for edit in rewrite.edits if edit.site.module in inside)
-        if edits:
-            found.append(replace(rewrite, edits=edits))
-    return tuple(found)
-
-
-def own_names(program: Program, part: Part) -> list[str]:
-    """Parameters and persistent buffers of the modules of a part, tied ones under their own names."""
-    names: dict[str, None] = {}
-    for node in program.nodes(part):
-        if node.op == "get_attr":
-            names[str(node.target)] = None
-        elif node.op == "call_module":
-            module = program.root.get_submodule(str(node.target))
-            names |= {f"{node.target}.{local}": None for local, _ in module.named_parameters()}
-            names |= {f"{node.target}.{local}": None for local, _ in module.named_buffers()}
-    known = set(program.source.names()) | set(program.ties)
-    return [name for name in names if name not in program.constants and name in known]
-
-
-def main_value(outputs: Mapping[str, Any], plan: Plan) -> str:
-    """The name of the hidden state among the outputs of a block."""
-    floats = [
-        name for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()
-    ]
-    if len(floats) != 1:
-        raise Failed(f"a block hands on {len(floats)} float values; training needs exactly one")
-    return floats[0]
-
-
-def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Float tensors in the dtype of execution."""
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def check_values(rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
-    """All slots filled, with finite tensors of the declared shape."""
-    for slot in rewrite.slots:
-        value = values.get(slot)
-        if value is None:
-            raise Failed(f"{rewrite.pass_name} at {rewrite.where}: {slot.name} was not solved")
-        tensors: Iterable[Tensor] = (
-            (value.weight, value.scale) if isinstance(value, QuantizedLinear) else (value,)
-        )
-        for tensor in tensors:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise Failed(
-                    f"{rewrite.pass_name} at {rewrite.where}: {slot.name} is not finite. Look at the weights and "
-                    "the calibration data of this site"
-                )
-        main: Sequence[int] = value.weight.shape if isinstance(value, QuantizedLinear) else value.shape
-        if tuple(main) != slot.shape:
-            raise Failed(f"{rewrite.pass_name}: {slot.name} has shape {tuple(main)}, declared {slot.shape}")

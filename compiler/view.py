@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
-from .operand import Statistic
+from .operand import Quantize, Statistic
 from .scheme import LinearScheme
 
 LinearHook = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
@@ -34,6 +34,8 @@ class BlockView:
     """Linears that an earlier pass quantized."""
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)
     """Their schemes."""
+    planned: Mapping[str, Quantize] = field(default_factory=dict)
+    """What later passes of the plan are going to make of linears."""
     batches: int = 0
     """Number of microbatches for ``forward`` and ``target``."""
     forward: Callable[[LinearHook, int], Tensor] | None = None
@@ -55,7 +57,7 @@ class BlockView:
         return self.tensors.get(f"{module}.bias")
 
     def statistic(self, statistic: Statistic) -> Tensor:
-        """What was observed, float32: ``absmax`` [in], ``range`` [2, in]."""
+        """What was observed, float32; its shape is that of its kind, see ``compiler.statistics``."""
         return self.statistics[statistic]
 
     def generator(self, site: str) -> torch.Generator:

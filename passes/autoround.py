@@ -45,6 +45,7 @@ class AutoRound(Pass):
     after = {}
     claim = LOSSY
     weight_methods = ("autoround",)
+    act_methods = ("minmax", "histogram")
 
     iters: int = 50
     """Steps of SignSGD per block, one microbatch each."""

@@ -16,9 +16,10 @@ from ..compiler.view import BlockView
 from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
+from .act_range import static_range
 from .gptq import gptq
 from .importance import relative_error, token_importance
-from .minmax import input_range, minmax_weight, scale_dtype
+from .minmax import rounded_weight, scale_dtype
 from .scale_search import search_scale
 from .sign_sgd import Rounding, preconditioner, train
 
@@ -92,12 +93,10 @@ class BlockRounding:
 
     def nearest(self, name: str) -> QuantizedLinear:
         """Rounded to nearest in its whole range."""
-        scheme = self.scheme(name)
-        scale, offset = None, None
-        if scheme.static:
-            (need,) = self.swaps[name].slot.needs
-            scale, offset = input_range(self.view.statistic(need), scheme, self.view.export_dtype)
-        return minmax_weight(self.view, name, scheme, input_scale=scale, input_offset=offset)
+        swap = self.swaps[name]
+        statistics = {need.kind: self.view.statistic(need) for need in swap.slot.needs}
+        scale, offset = static_range(statistics, swap, self.view.export_dtype)
+        return rounded_weight(self.view, name, swap.scheme, input_scale=scale, input_offset=offset)
 
     def clip(self, names: list[str], importance: list[Tensor]) -> None:
         """One clip ratio for the activation that these linears read, where their format has a place for it."""

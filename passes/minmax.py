@@ -1,25 +1,25 @@
-"""Minimum-maximum ranges: the plainest way to a scale."""
+"""Rounding to nearest, and minimum-maximum ranges: the plainest way to a scale."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..compiler.errors import Failed
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
 from ..runtime.formats import format_of
-from ..runtime.quantize import quantize, round_scale, scale_for, scale_offset_for
+from ..runtime.quantize import quantize, round_scale, scale_for
 from ..runtime.quantized import QuantizedLinear
 
 
-def minmax_weight(
-    view: BlockView, name: str, scheme: LinearScheme, *,
+def rounded_weight(
+    view: BlockView, name: str, scheme: LinearScheme, *, scale: Tensor | None = None,
     input_scale: Tensor | None = None, input_offset: Tensor | None = None,
 ) -> QuantizedLinear:  # fmt: skip
-    """Round a weight to nearest: ``scale = max|W| / qmax`` per row or group, rounded to the server's dtype."""
+    """Round a weight to nearest on ``scale``, by default ``max|W| / qmax`` per row or group in the server's dtype."""
     weight = view.weight(name)
-    scale = weight_scale(weight, scheme, scale_dtype(view, name, scheme))
+    if scale is None:
+        scale = weight_scale(weight, scheme, scale_dtype(view, name, scheme))
     assert scheme.weight is not None
     return QuantizedLinear(
         weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
@@ -33,7 +33,7 @@ def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype
     assert scheme.weight is not None
     rotated = f"{name}.left_trans" in view.tensors
     act_bits = scheme.act.bits if scheme.act else None
-    return format_of(scheme.weight.bits, act_bits, scheme.static, rotated).scale_dtype(view.export_dtype)
+    return format_of(scheme.weight.bits, act_bits, scheme.scope, rotated).scale_dtype(view.export_dtype)
 
 
 def weight_scale(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype) -> Tensor:
@@ -42,13 +42,3 @@ def weight_scale(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype) -> Te
     group = scheme.weight.group or weight.shape[1]
     absmax = weight.view(weight.shape[0], -1, group).abs().amax(-1)
     return round_scale(scale_for(absmax, scheme.weight.bits), dtype)
-
-
-def input_range(observed: Tensor, scheme: LinearScheme, export_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Scale [1] and offset [1] of a static activation from its observed range [2, in]."""
-    assert scheme.act is not None
-    low, high = observed[0].min(), observed[1].max()
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        raise Failed("a static activation range is not finite: calibration data were not seen by this linear")
-    scale, offset = scale_offset_for(low[None], high[None], scheme.act.bits, export_dtype)
-    return scale, offset

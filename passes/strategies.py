@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from ..compiler import registry
 from ..compiler.contract import Setting
+from ..compiler.errors import Refused
 from ..compiler.plan import unused_rules
 from ..compiler.program import Program
 from ..compiler.scheme import FLOAT, Int, Rule, Scheme
+
+WEIGHT_METHODS, ACT_METHODS = ("minmax", "ssz", "clip"), ("histogram",)
+"""Methods that may stand behind an ``@``."""
 
 
 def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
     """The rules that ``SCHEME:GLOB|!GLOB`` items (no globs: every linear) and ready rules spell, in their order.
 
+    ``SCHEME@METHOD``, such as ``w4a16@ssz`` or ``w8a8-static@histogram``, says how scales are found.
     A glob after ``!`` excludes. ``-gN`` after a scheme gives its weights groups of N input channels. A linear that no
     item matches stays float, as in the recipe's ``strategies``.
 
@@ -30,11 +36,22 @@ def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
         globs = [glob.strip() for glob in text.split("|") if glob.strip()]
         include = tuple(glob for glob in globs if not glob.startswith("!")) or ("*",)
         exclude = tuple(glob[1:] for glob in globs if glob.startswith("!"))
-        scheme = named(name.strip())
+        name, *methods = (word.strip() for word in name.split("@"))
         rules += [
-            replace(rule, include=include, exclude=exclude) for rule in scheme.rules or (Rule(scheme=FLOAT),)
+            replace(rule, include=include, exclude=exclude, **found_by(methods))
+            for rule in named(name).rules or (Rule(scheme=FLOAT),)
         ]
     return Scheme("strategies", tuple(rules))
+
+
+def found_by(methods: Iterable[str]) -> dict[str, Any]:
+    """Fields of a rule for ``@METHOD`` words; Refused for one that nobody knows."""
+    found: dict[str, Any] = {}
+    for method in methods:
+        if method not in {*WEIGHT_METHODS, *ACT_METHODS}:
+            raise Refused(registry.unknown("method", method, [*WEIGHT_METHODS, *ACT_METHODS]))
+        found["act_method" if method in ACT_METHODS else "weight_method"] = method
+    return found
 
 
 def named(name: str) -> Scheme:

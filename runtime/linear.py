@@ -26,8 +26,9 @@ class IntegerLinear(nn.Module, ABC):
     weight_bits: ClassVar[int]
     act_bits: ClassVar[int | None]
     """None where activations stay float."""
-    static: ClassVar[bool] = False
-    """Whether the activation's scale is stored."""
+    act_scope: ClassVar[str | None] = "token"
+    """What shares one scale of the activation: ``token``, ``tensor`` (the scale is stored), ``mix`` (both, by
+    phase); None where activations stay float."""
     rotated: ClassVar[bool] = False
     """Whether an online rotation comes before the activation is quantized."""
     packed: ClassVar[bool] = False
@@ -103,6 +104,7 @@ class IntegerLinear(nn.Module, ABC):
         out, width = q.weight.shape
         top = 2 ** (cls.weight_bits - 1)
         groups = q.scale.shape[-1]
+        stored = cls.act_scope in ("tensor", "mix")
         held = q.scale.to(cls.scale_dtype(dtype)).to(q.scale.dtype)
         problems = {
             "the weight must be int8": q.weight.dtype != torch.int8,
@@ -114,9 +116,9 @@ class IntegerLinear(nn.Module, ABC):
             f"round the scales to {cls.scale_dtype(dtype)} before computing integers": not held.equal(
                 q.scale
             ),
-            "an input scale and offset are needed": cls.static
+            "an input scale and offset are needed": stored
             and (q.input_scale is None or q.input_offset is None),
-            "there is no place for an input scale": not cls.static and q.input_scale is not None,
+            "there is no place for an input scale": not stored and q.input_scale is not None,
             "a left and a right factor are needed": cls.rotated and (q.left is None or q.right is None),
             "there is no place for an online rotation": not cls.rotated
             and (q.left is not None or q.right is not None),

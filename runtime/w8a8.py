@@ -34,7 +34,7 @@ class W8A8(IntegerLinear):
     type = "W8A8"
     weight_bits = 8
     act_bits = 8
-    static = True
+    act_scope = "tensor"
     grouped = False
 
     def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -86,12 +86,17 @@ class W8A8(IntegerLinear):
         }
 
     def rows(self, x: Tensor) -> Tensor:
-        """float64 [rows, out] of float [rows, in]: the integer part alone may need 32 bits."""
-        reciprocal = self.get_buffer("input_scale").reciprocal().to(torch.float32)
-        offset = self.get_buffer("input_offset").to(torch.float32)
-        integers = (x.to(torch.float32) * reciprocal + offset).round_().clamp_(-128, 127).to(torch.int8)
-        deq_scale = self.get_buffer("deq_scale")
-        if deq_scale.dtype == torch.int64:
-            deq_scale = deq_scale.to(torch.int32).view(torch.float32)
-        total = int_matmul(integers, self.weight) + self.get_buffer("quant_bias")
-        return total.to(torch.float64) * deq_scale.to(torch.float64)
+        """float64 [rows, out] of float [rows, in], with the bias."""
+        return static_rows(self, x)
+
+
+def static_rows(linear: IntegerLinear, x: Tensor) -> Tensor:
+    """float64 [rows, out] of float [rows, in] on the stored scale, with the bias: the integers may need 32 bits."""
+    reciprocal = linear.get_buffer("input_scale").reciprocal().to(torch.float32)
+    offset = linear.get_buffer("input_offset").to(torch.float32)
+    integers = (x.to(torch.float32) * reciprocal + offset).round_().clamp_(-128, 127).to(torch.int8)
+    deq_scale = linear.get_buffer("deq_scale")
+    if deq_scale.dtype == torch.int64:
+        deq_scale = deq_scale.to(torch.int32).view(torch.float32)
+    total = int_matmul(integers, linear.weight) + linear.get_buffer("quant_bias")
+    return total.to(torch.float64) * deq_scale.to(torch.float64)

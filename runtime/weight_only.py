@@ -17,6 +17,7 @@ class W8A16(IntegerLinear):
     type = "W8A16"
     weight_bits = 8
     act_bits = None
+    act_scope = None
 
     def rows(self, x: Tensor) -> Tensor:
         """float32 [rows, out] of float [rows, in]."""

@@ -89,7 +89,7 @@ def pack_nearest(
     if format.rotated:
         left, right = (random_hadamard(n, 1).to(dtype) for n in split(weight.shape[1] // blocks))
         weight, extra = fold(weight, left, right), {"left": left, "right": right}
-    if format.static:
+    if format.act_scope in ("tensor", "mix"):
         scale, offset = scale_offset_for(torch.tensor([-4.0]), torch.tensor([4.5]), 8, dtype)
         extra = {"input_scale": scale, "input_offset": offset}
     absmax = weight.abs().unflatten(1, (-1, group or weight.shape[1])).amax(-1)

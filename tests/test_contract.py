@@ -72,7 +72,7 @@ def quantized(site: LinearSite, weight: Tensor, bias: Tensor | None, dtype: torc
     limit = weight.abs().amax(1, keepdim=True)
     scale = round_scale(scale_for(limit, chosen.weight_bits), chosen.scale_dtype(dtype))
     q = QuantizedLinear(quantize(weight, scale, chosen.weight_bits), scale, bias, left=left, right=right)
-    if chosen.static:
+    if chosen.act_scope in ("tensor", "mix"):
         q = replace(q, input_scale=torch.tensor([0.03125]), input_offset=torch.tensor([-3.0]))
     return chosen.pack(q, dtype)
 

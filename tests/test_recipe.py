@@ -16,12 +16,25 @@ from hypothesis import strategies as st
 import qc
 from qc.compiler.cli import main
 from qc.compiler.compile import Options, plan
+from qc.compiler.contract import Setting
 from qc.compiler.cost import cost_of
 from qc.compiler.errors import Refused
+from qc.compiler.operand import Quantize
 from qc.compiler.plan import Plan
 from qc.compiler.plan_text import plan_text
 from qc.compiler.recipe import Recipe, read_recipe
-from qc.compiler.scheme import FLOAT, W4A4, W4A16_G64, W8A8, W8A8_STATIC, Int, LinearScheme, Rule
+from qc.compiler.scheme import (
+    FLOAT,
+    W4A4,
+    W4A16_G64,
+    W8A8,
+    W8A8_MIX,
+    W8A8_STATIC,
+    W8A8_STATIC_SYMMETRIC,
+    Int,
+    LinearScheme,
+    Rule,
+)
 from qc.compiler.spelling import passes_of
 from qc.passes.autoround import AutoRound
 from qc.passes.iter_smooth import IterSmooth
@@ -149,11 +162,26 @@ def test_options_come_back_from_yaml(tmp_path_factory: pytest.TempPathFactory, w
 # Formats of its own.
 
 
+def test_a_qconfig_says_how_scales_are_found(written: Written) -> None:
+    qconfig = f"{{weight: {INT8.replace('minmax', 'ssz')}, act: {STATIC.replace('minmax', 'histogram')}}}"
+    recipe = read_recipe(written(f"{HEAD}    - {{type: linear_quant, qconfig: {qconfig}}}"))
+    rule = Rule(scheme=W8A8_STATIC, weight_method="ssz", act_method="histogram")
+    assert recipe.passes == (LinearQuant(strategies=(rule,)),)
+    assert str(recipe.passes[0]) == "linear_quant{strategies=w8a8-static@ssz@histogram}"
+    (spelled,), _ = passes_of(str(recipe.passes[0]))
+    found = spelled.rewrite(captured("llama-128"), Setting(scheme=None, roles={})).rewrites[0]
+    operand = found.edits[0].operand
+    assert isinstance(operand, Quantize)
+    assert (operand.scheme, operand.weight_method, operand.act_method) == (W8A8_STATIC, "ssz", "histogram")
+
+
 @pytest.mark.parametrize(
     ("qconfig", "scheme"),
     [
         (f"{{weight: {INT8}, act: {TOKEN}}}", W8A8),
         (f"{{weight: {INT8}, act: {STATIC}}}", W8A8_STATIC),
+        (f"{{weight: {INT8}, act: {STATIC.replace('false', 'true')}}}", W8A8_STATIC_SYMMETRIC),
+        (f"{{weight: {INT8}, act: {STATIC.replace('per_tensor', 'pd_mix')}}}", W8A8_MIX),
         (f"{{weight: {INT8}, act: {NONE}}}", LinearScheme(Int(8, "channel"))),
         (f"{{weight: {INT4_G64}}}", W4A16_G64),
         (f"{{weight: {INT4_G64.replace('64', '32')}, act: {TOKEN.replace('8', '4')}}}",

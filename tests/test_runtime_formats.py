@@ -21,6 +21,7 @@ from qc.runtime.quantized import QuantizedLinear
 from qc.runtime.w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
 from qc.runtime.w4a8 import SHARES, W4A8Dynamic, pack_pairs, unpack_pairs
 from qc.runtime.w8a8 import W8A8, W8A8Dynamic
+from qc.runtime.w8a8_mix import W8A8Mix
 from qc.runtime.weight_only import W4A16, W8A16
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -38,7 +39,7 @@ def quantized(
     if cls.rotated:
         extra = {"left": random_hadamard(8, 1).to(dtype), "right": random_hadamard(8, 2).to(dtype)}
         weight = fold(weight, extra["left"], extra["right"])
-    if cls.static:
+    if cls.act_scope in ("tensor", "mix"):
         extra["input_scale"], extra["input_offset"] = scale_offset_for(
             torch.tensor([-4.0]), torch.tensor([4.5]), 8, dtype
         )
@@ -73,12 +74,13 @@ def test_a_module_holds_what_is_packed(cls: type[IntegerLinear], dtype: torch.dt
         n: (t.dtype, t.shape) for n, t in packed.items()
     }
     assert {n: (t.dtype, tuple(t.shape)) for n, t in packed.items()} == built.tensors("bias" in packed)
-    assert ("bias" in packed) == (bias and not cls.static)
+    assert ("bias" in packed) == (bias and cls is not W8A8)
 
 
 BOUND = {
     "W8A8": 0.02,
     "W8A8_DYNAMIC": 0.015,
+    "W8A8_MIX": 0.015,
     "W8A16": 0.01,
     "W4A16": 0.15,
     "W4A8_DYNAMIC": 0.15,
@@ -121,6 +123,19 @@ def test_static_arithmetic_uses_the_reciprocal_in_the_models_dtype() -> None:
     integers = (x.float() * reciprocal + q.input_offset).round().clamp(-128, 127)
     wanted = (integers.double() @ q.weight.double().T + packed["quant_bias"]) * packed["deq_scale"].double()
     assert torch.equal(module(W8A8, packed)(x), wanted.bfloat16())
+
+
+def test_a_mix_is_the_dynamic_linear_in_prefill_and_the_static_one_in_decode() -> None:
+    q, x = quantized(W8A8Mix, randn(OUT, IN), bias=True), randn(5, IN, seed=3).bfloat16()
+    mix, dynamic = (
+        module(cls, cls.pack(replace(q, **change), BF16))
+        for cls, change in ((W8A8Mix, {}), (W8A8Dynamic, {"input_scale": None, "input_offset": None}))
+    )
+    static = module(W8A8, W8A8.pack(q, BF16))
+    assert torch.equal(mix(x), dynamic(x))
+    assert isinstance(mix, W8A8Mix)
+    mix.decode = True
+    assert torch.equal(mix(x), static(x))
 
 
 def test_worked_static_values() -> None:
@@ -290,15 +305,16 @@ def test_construction_refuses() -> None:
 
 
 def test_format_of() -> None:
-    assert format_of(8, 8, True, False) is W8A8
-    assert format_of(8, 8, False, False) is W8A8Dynamic
-    assert format_of(8, None, False, False) is W8A16
-    assert format_of(4, None, False, False) is W4A16
-    assert format_of(4, 8, False, False) is W4A8Dynamic
-    assert format_of(4, 4, False, False) is W4A4Dynamic
-    assert format_of(4, 4, False, True) is W4A4FlatQuantDynamic
-    with pytest.raises(ValueError, match="int8 weights, int8 activations, online rotation"):
-        format_of(8, 8, False, True)
+    assert format_of(8, 8, "tensor", False) is W8A8
+    assert format_of(8, 8, "token", False) is W8A8Dynamic
+    assert format_of(8, 8, "mix", False) is W8A8Mix
+    assert format_of(8, None, None, False) is W8A16
+    assert format_of(4, None, None, False) is W4A16
+    assert format_of(4, 8, "token", False) is W4A8Dynamic
+    assert format_of(4, 4, "token", False) is W4A4Dynamic
+    assert format_of(4, 4, "token", True) is W4A4FlatQuantDynamic
+    with pytest.raises(ValueError, match="int8 weights, int8 activations, per token, online rotation"):
+        format_of(8, 8, "token", True)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])

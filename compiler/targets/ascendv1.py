@@ -25,6 +25,7 @@ PRIORITY = (
     "W8A16",
     "W4A16",
     "W8A8_DYNAMIC",
+    "W8A8_MIX",
     "W8A8",
     "W4A4_DYNAMIC",
     "W4A4_FLATQUANT_DYNAMIC",
@@ -38,10 +39,10 @@ def format_of(scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None
     weight, act = scheme.weight, scheme.act
     if weight is None or not weight.symmetric or weight.per not in ("channel", "group"):
         return None
-    if act is not None and act.per not in ("token", "tensor"):
+    if act is not None and act.per not in ("token", "tensor", "mix"):
         return None
     try:
-        found = runtime_format(weight.bits, None if act is None else act.bits, scheme.static, rotated)
+        found = runtime_format(weight.bits, None if act is None else act.bits, scheme.scope, rotated)
     except ValueError:
         return None
     return found if found.grouped or not weight.group else None

@@ -25,7 +25,7 @@ from . import ascendv1
 from .served import LinearSite, ModelFacts
 from .target import DiskNames, Layout, Problem, Target
 
-SERVED = frozenset({"W8A8", "W8A8_DYNAMIC", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC"})
+SERVED = frozenset({"W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC"})
 """Types of dense linears that every release from 0.18 on registers."""
 SERVED_EXPERTS = frozenset({"W8A8_DYNAMIC", "W4A8_DYNAMIC"})
 """Types of experts that every release from 0.18 on registers."""
@@ -151,13 +151,14 @@ class VllmAscend(Target):
             "type",
             site.name,
             f"the server has no linear for {site.scheme}{named}: it has {', '.join(sorted(SERVED))}",
-            "take one of w8a8, w8a8-static, w8a16, w4a4" + (", or --target modelslim" if known else ""),
+            "take one of w8a8, w8a8-static, w8a8-mix, w8a16, w4a4"
+            + (", or --target modelslim" if known else ""),
         )
 
     def _bias(self, site: LinearSite) -> Iterator[Problem]:
         """A bias that the model does not have is skipped by the loader without a word."""
         found = self.format_of(site.scheme, site.rotated)
-        static = found is not None and found.static
+        static = found is not None and found.act_scope == "tensor"
         if site.added_bias and not static:
             yield Problem(
                 "bias",

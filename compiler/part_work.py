@@ -1,0 +1,78 @@
+"""What of a plan lies in one part of a program: its rewrites, its tensors, the values that it must come up with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..runtime.quantized import QuantizedLinear
+from .contract import Rewrite
+from .edit import Edit
+from .errors import Failed
+from .operand import Slot
+from .plan import Plan, Step
+from .program import Part, Program
+
+
+def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
+    """The rewrites of a step, each with the edits whose modules lie in one part."""
+    inside = {str(node.target) for node in program.nodes(part) if node.op == "call_module"}
+    found = []
+    for rewrite in step.answer.rewrites:
+        edits: tuple[Edit, ...] = tuple(edit for edit in rewrite.edits if edit.site.module in inside)
+        if edits:
+            found.append(replace(rewrite, edits=edits))
+    return tuple(found)
+
+
+def own_names(program: Program, part: Part) -> list[str]:
+    """Parameters and persistent buffers of the modules of a part, tied ones under their own names."""
+    names: dict[str, None] = {}
+    for node in program.nodes(part):
+        if node.op == "get_attr":
+            names[str(node.target)] = None
+        elif node.op == "call_module":
+            module = program.root.get_submodule(str(node.target))
+            names |= {f"{node.target}.{local}": None for local, _ in module.named_parameters()}
+            names |= {f"{node.target}.{local}": None for local, _ in module.named_buffers()}
+    known = set(program.source.names()) | set(program.ties)
+    return [name for name in names if name not in program.constants and name in known]
+
+
+def main_value(outputs: Mapping[str, Any], plan: Plan) -> str:
+    """The name of the hidden state among the outputs of a block."""
+    floats = [
+        name for name, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if len(floats) != 1:
+        raise Failed(f"a block hands on {len(floats)} float values; training needs exactly one")
+    return floats[0]
+
+
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Float tensors in the dtype of execution."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def check_values(rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
+    """All slots filled, with finite tensors of the declared shape."""
+    for slot in rewrite.slots:
+        value = values.get(slot)
+        if value is None:
+            raise Failed(f"{rewrite.pass_name} at {rewrite.where}: {slot.name} was not solved")
+        tensors: Iterable[Tensor] = (
+            (value.weight, value.scale) if isinstance(value, QuantizedLinear) else (value,)
+        )
+        for tensor in tensors:
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise Failed(
+                    f"{rewrite.pass_name} at {rewrite.where}: {slot.name} is not finite. Look at the weights and "
+                    "the calibration data of this site"
+                )
+        main: Sequence[int] = value.weight.shape if isinstance(value, QuantizedLinear) else value.shape
+        if tuple(main) != slot.shape:
+            raise Failed(f"{rewrite.pass_name}: {slot.name} has shape {tuple(main)}, declared {slot.shape}")

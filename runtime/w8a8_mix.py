@@ -1,0 +1,54 @@
+"""Linears with int8 weights that serve both phases: activations per token in prefill, on a fixed scale in decode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear import IntegerLinear
+from .quantize import quantize_per_token
+from .quantized import QuantizedLinear
+from .w8a8 import W8A8, static_rows
+
+
+class W8A8Mix(IntegerLinear):
+    """One int8 weight with the tensors of ``W8A8_DYNAMIC`` and those of static ``W8A8`` ("pd_mix").
+
+    Which arithmetic runs is the server's choice by phase; here it is ``decode``, and prefill's by default.
+    """
+
+    type = "W8A8_MIX"
+    weight_bits = 8
+    act_bits = 8
+    act_scope = "mix"
+    grouped = False
+    decode = False
+    """Whether the fixed scale is used, as the server does on a decoding node."""
+
+    def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Those of both; the bias stands in ``quant_bias`` too."""
+        out = (self.out_features,)
+        return super().tensors(bias) | {
+            "input_scale": (self.dtype, (1,)),
+            "input_offset": (torch.int8, (1,)),
+            "quant_bias": (torch.int32, out),
+            "deq_scale": (torch.int64 if self.dtype == torch.float16 else torch.float32, out),
+        }
+
+    @classmethod
+    def pack(cls, q: QuantizedLinear, dtype: torch.dtype, row_parallel: bool = False) -> dict[str, Tensor]:
+        """The tensors on disk. ValueError as for every format."""
+        return W8A8.pack(q, dtype) | super().pack(q, dtype)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """float32 [rows, out] of float [rows, in]; in decode the bias is in it."""
+        if self.decode:
+            return static_rows(self, x)
+        return self.product(*quantize_per_token(x, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features] in the dtype of x."""
+        if not self.decode:
+            return super().forward(x)
+        y = self.rows(x.reshape(-1, self.in_features))
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
