@@ -25,7 +25,7 @@ class Uncarried(Exception):
     """The model hands its attention something that ``qc::attention`` has no operand for."""
 
 
-def _forward(
+def attend_as_qc(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -37,6 +37,7 @@ def _forward(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
+    """What transformers calls in the place of an attention: ``qc::attention`` of its operands."""
     where = type(module).__name__
     extra = sorted(k for k, v in others.items() if v is not None and v is not False and k not in HARMLESS)
     if extra:
@@ -51,15 +52,16 @@ def _forward(
     return attention(query, key, value, attention_mask, scale, cap, s_aux), None
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def explicit_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of an attention, always a tensor of booleans."""
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     return sdpa_mask(*args, **kwargs)
 
 
 def register() -> None:
     """Make ``attn_implementation="qc"`` known to transformers; its masks are always explicit and bool."""
-    AttentionInterface.register(NAME, _forward)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionInterface.register(NAME, attend_as_qc)
+    AttentionMaskInterface.register(NAME, explicit_mask)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from ..runtime.kronecker import fold
 from .errors import Failed
-from .operand import Gain, Hadamard, Kronecker, NormBias, Operand, Quantize, Slot, Vector, stored_factors
+from .operand import (
+    Gain,
+    Hadamard,
+    Kronecker,
+    NormBias,
+    Operand,
+    Quantize,
+    Slot,
+    Stub,
+    Vector,
+    stored_factors,
+)
 from .pattern import Site
 from .program import Leaf, Program
 
@@ -32,6 +43,7 @@ class Verb(Enum):
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
     SWAP = "a quantized linear in its place"
+    STUB = "q, k or v of an attention on an int8 grid"
     UNTIE = "a tensor of its own instead of a shared one"
 
 
@@ -45,6 +57,8 @@ class Edit:
 
     def __str__(self) -> str:
         shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker)) else ""
+        if isinstance(self.operand, Stub):
+            shown = f" {self.operand}"
         if isinstance(self.operand, Quantize):
             shown = f" {self.operand.scheme}"
         return f"{self.verb.name.lower()} {self.site}{shown}"
@@ -52,7 +66,7 @@ class Edit:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The unknowns in it."""
-        return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize)) else ()
+        return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize, Stub)) else ()
 
 
 Get = Callable[[str], Tensor | None]
@@ -77,7 +91,7 @@ def apply(
 ) -> dict[str, Tensor]:
     """The tensors of ``module`` after ``edits``, by local name, computed in ``dtype``.
 
-    ``get`` gives the state before. Nothing is changed in place. SWAP and UNTIE do not change numbers.
+    ``get`` gives the state before. Nothing is changed in place. SWAP, STUB and UNTIE do not change numbers.
     """
     leaf = program.leaves[module]
     tensors = {
@@ -198,7 +212,7 @@ def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get,
 VERBS = {
     Verb.SCALE_OUT: _scale_out, Verb.SCALE_IN: _scale_in, Verb.SHIFT_OUT: _shift_out, Verb.SHIFT_IN: _shift_in,
     Verb.ROTATE_OUT: _rotate_out, Verb.ROTATE_IN: _rotate_in, Verb.SET_UNIT: _set_unit, Verb.WRAP: _wrap,
-    Verb.SWAP: _nothing, Verb.UNTIE: _nothing,
+    Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
 }  # fmt: skip
 
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 from torch import fx
 
+from ..runtime.attention_grid import GRIDS
 from ..runtime.kronecker import rotate
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Kronecker, Quantize, stored_factors
+from .operand import Kronecker, Quantize, Stub, stored_factors
 from .program import Program
 
 
@@ -24,6 +25,9 @@ def rewritten(program: Program, rewrites: tuple[Rewrite, ...]) -> Program:
     touched: set[str] = set()
     for rewrite in rewrites:
         for edit in rewrite.edits:
+            if isinstance(edit.operand, Stub):
+                _insert_stub(fork, edit.site.module, edit.operand)
+                continue
             for node in nodes[edit.site.module]:
                 _on_node(fork, node, edit.verb, edit.operand, rewrite)
             touched.add(edit.site.module)
@@ -88,3 +92,21 @@ def _insert_rotation(program: Program, node: fx.Node, rotation: Kronecker) -> No
     right.meta = {"part": part, "val": value.new_empty(right_value.shape)}
     rotated.meta = {"part": part, "val": value, "note": f"online {rotation}"}
     node.meta["rotated"] = rotation
+
+
+def _insert_stub(program: Program, module: str, stub: Stub) -> None:
+    """``attention(.., x, ..)`` becomes ``attention(.., grid(x, scale, offset), ..)``."""
+    node = next(node for node in program.graph.nodes if node.name == stub.node)
+    source = node.args[stub.operand]
+    assert isinstance(source, fx.Node)
+    part, value = node.meta["part"], source.meta["val"]
+    size = stub.slot.shape[1:]
+    shape = (*size, 1) if stub.scope == "head" else size
+    with program.graph.inserting_before(node):
+        held = [program.graph.create_node("get_attr", f"{module}.{leaf}") for leaf in stub.leaves]
+        grid = program.graph.call_function(GRIDS[stub.scope], (source, *held))
+    for one in held:
+        one.meta = {"part": part, "val": value.new_empty(shape, dtype=torch.float32), "stub": True}
+    what = "cached" if stub.kind == "cache" else "attention reads"
+    grid.meta = {"part": part, "val": value, "note": f"{what} {'qkv'[stub.operand]} {stub}"}
+    node.args = tuple(grid if i == stub.operand else arg for i, arg in enumerate(node.args))

@@ -27,6 +27,7 @@ from ..runtime.w4a8 import SHARES, W4A8Dynamic
 from .capture_attention import NAME
 from .capture_experts import register as register_experts
 from .capture_experts import stacks_of, use_experts
+from .capture_grids import check_grids_run, install_grids
 from .capture_model import constants, is_hub_id, subject
 from .errors import Refused
 from .expert_weights import place_of
@@ -64,9 +65,12 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     if not isinstance(model, PreTrainedModel):
         raise Refused(f"{path}: {type(model).__name__} is no transformers model")
     buffers = constants(model, chosen)
-    quantized = (path / DESCRIPTION).is_file()
+    quantized, grids = (path / DESCRIPTION).is_file(), frozenset[str]()
     if quantized:
-        source: Checkpoint = QuantizedCheckpoint(path, model, _install(model, path, stored, dtype or stored))
+        name_of = _install(model, path, stored, dtype or stored)
+        description, entries = read_json(path / DESCRIPTION), find_shards(path).entries
+        grids = install_grids(model, description, entries, name_of, str(path))
+        source: Checkpoint = QuantizedCheckpoint(path, model, name_of)
     else:
         source = Checkpoint(path, model)
     if quantized and source.unused:
@@ -81,7 +85,10 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     model.tie_weights()
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if grids:
+        check_grids_run(model, grids, str(path))
+    return model
 
 
 class QuantizedCheckpoint(Checkpoint):

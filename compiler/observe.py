@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from .errors import Failed
@@ -38,6 +39,7 @@ class Observers:
         self.unseen: list[str] = []
         """Linears of experts that no calibration token was sent to: see ``results``."""
         self.wanted: dict[str, list[Statistic]] = {}
+        """By linear, or by ``attention:operand``."""
         for statistic in dict.fromkeys(wanted):
             if statistic.kind not in KINDS:
                 raise Failed(f"unknown statistic {statistic.kind!r}; there are {', '.join(KINDS)}")
@@ -47,8 +49,18 @@ class Observers:
     def __call__(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The linear itself, observed."""
         for statistic in self.wanted.get(name, ()) if x.numel() else ():
-            self.seen.setdefault(statistic, KINDS[statistic.kind]()).add(x.reshape(-1, x.shape[-1]))
+            self._take(statistic, x)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def on_value(self, node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
+        """Observe q, k and v [b, heads, t, d] of an attention as rows [b · t, heads · d]."""
+        for operand in range(3):
+            for statistic in self.wanted.get(f"{node.name}:{operand}", ()):
+                x = given[node.all_input_nodes.index(node.args[operand])]
+                self._take(statistic, x.transpose(1, 2).flatten(2))
+
+    def _take(self, statistic: Statistic, x: Tensor) -> None:
+        self.seen.setdefault(statistic, KINDS[statistic.kind]()).add(x.reshape(-1, x.shape[-1]))
 
     def results(self) -> dict[Statistic, Tensor]:
         """All statistics; Failed where one is missing or not finite.

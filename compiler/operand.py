@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from .scheme import LinearScheme
 
 @dataclass(frozen=True)
 class Statistic:
-    """What has to be observed on calibration data: ``kind`` of the input of linear ``module``, per channel."""
+    """What has to be observed on calibration data: ``kind`` of the input of linear ``module``, per channel.
+
+    ``module`` may be ``NODE:OPERAND`` too, q, k or v (0, 1, 2) of an attention as rows of all channels of all heads.
+    """
 
     kind: str
     """A name of ``compiler.statistics.KINDS``: ``absmax``, ``range``, ``absmean``, ``meansquare``, ``rows``,
@@ -37,19 +41,24 @@ class Vector:
     """A slot as one value per channel of the site: ``1 / value`` where ``inverse``, each repeated for GQA.
 
     With ``groups`` = (kv heads, head_dim) and ``repeat`` = query heads per kv head, entry (j, c) of the slot
-    goes to the heads j·repeat .. (j+1)·repeat - 1.
+    goes to the heads j·repeat .. (j+1)·repeat - 1. With ``index``, ``groups`` is (kv heads, entries per head) and
+    channel c of a head takes entry ``index[c]``.
     """
 
     slot: Slot
     inverse: bool = False
     groups: tuple[int, int] | None = None
     repeat: int = 1
+    index: tuple[int, ...] | None = None
 
     def value(self, values: Mapping[Slot, Tensor], dtype: torch.dtype) -> Tensor:
         """The vector, [channels of the site]."""
         vector = values[self.slot].to(dtype)
         if self.groups is not None:
-            vector = vector.view(self.groups).repeat_interleave(self.repeat, dim=0).flatten()
+            heads = vector.view(self.groups)
+            if self.index is not None:
+                heads = heads[:, torch.tensor(self.index)]
+            vector = heads.repeat_interleave(self.repeat, dim=0).flatten()
         return 1 / vector if self.inverse else vector
 
 
@@ -200,4 +209,31 @@ class Quantize:
     """How the range of a static activation is found."""
 
 
-Operand = Vector | Gain | NormBias | Hadamard | Kronecker | Quantize | None
+@dataclass(frozen=True)
+class Stub:
+    """A place before an attention where q, k or v is put on an int8 grid.
+
+    ``slot`` is filled with scale and offset, stacked [2, n]: n channels, heads, or 1 where the grid is found while the
+    model runs.
+    """
+
+    node: str
+    """The attention, by its name in the graph."""
+    operand: int
+    """0, 1 or 2: q, k or v."""
+    kind: Literal["cache", "fa"]
+    """What a cache keeps, or what a quantized attention reads."""
+    scope: Literal["channel", "head", "token"]
+    slot: Slot
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        return f"int8/{self.scope}" + ("" if self.symmetric else "/asym")
+
+    @property
+    def leaves(self) -> tuple[str, str]:
+        """Names of the scale and the offset below the module of the edit."""
+        return ("kv_cache_scale", "kv_cache_offset") if self.kind == "cache" else ("scale", "offset")
+
+
+Operand = Vector | Gain | NormBias | Hadamard | Kronecker | Quantize | Stub | None

@@ -13,7 +13,7 @@ from ..runtime.quantized import QuantizedLinear
 from .contract import Rewrite
 from .edit import Edit
 from .errors import Failed
-from .operand import Slot
+from .operand import Slot, Stub
 from .plan import Plan, Step
 from .program import Part, Program
 
@@ -21,9 +21,14 @@ from .program import Part, Program
 def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
     """The rewrites of a step, each with the edits whose modules lie in one part."""
     inside = {str(node.target) for node in program.nodes(part) if node.op == "call_module"}
+    names = {node.name for node in program.nodes(part)}
     found = []
     for rewrite in step.answer.rewrites:
-        edits: tuple[Edit, ...] = tuple(edit for edit in rewrite.edits if edit.site.module in inside)
+        edits: tuple[Edit, ...] = tuple(
+            edit
+            for edit in rewrite.edits
+            if edit.site.module in inside or (isinstance(edit.operand, Stub) and edit.operand.node in names)
+        )
         if edits:
             found.append(replace(rewrite, edits=edits))
     return tuple(found)

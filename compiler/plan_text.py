@@ -9,7 +9,8 @@ from typing import Any
 from .contract import Rewrite
 from .cost import Cost, cost_of
 from .edit import Edit, Verb
-from .operand import Quantize
+from .laws import is_attention
+from .operand import Quantize, Stub
 from .plan import Plan, Step
 
 
@@ -87,9 +88,13 @@ def layers(step: Step) -> dict[str, dict[str, int]]:
     """Part of the model to pattern to the number of sites there; a site in several parts counts in each."""
     names = {part.index: part.name for part in step.program.parts}
     place = {str(n.target): n.meta["part"] for n in step.program.graph.nodes if n.op == "call_module"}
+    place |= {n.name: n.meta["part"] for n in step.program.graph.nodes if is_attention(n)}
     found: dict[int, list[str]] = {}
     for rewrite in step.answer.rewrites:
-        for index in dict.fromkeys(place[module] for module in rewrite.modules):
+        places = [
+            place[e.operand.node if isinstance(e.operand, Stub) else e.site.module] for e in rewrite.edits
+        ]
+        for index in dict.fromkeys(places):
             found.setdefault(index, []).append(rewrite.pattern)
     return {names[index]: counts(found[index]) for index in sorted(found)}
 

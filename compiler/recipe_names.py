@@ -16,8 +16,7 @@ API_VERSIONS: Mapping[str, str] = {
 """Values of ``apiversion`` besides ``modelslim_v1``, and what they are."""
 
 PROCESSORS = frozenset({
-    "kv_smooth", "adapt_rotation", "dynamic_cache",
-    "fa3_quant", "float_sparse", "flatquant", "svd_res", "group", "unary_analysis", "binary_analysis",
+    "adapt_rotation", "float_sparse", "flatquant", "svd_res", "group", "unary_analysis", "binary_analysis",
     "binary_operator_layer_wise", "binary_operator_model_wise",
 })  # fmt: skip
 

@@ -20,8 +20,9 @@ from .edit import Verb, apply, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal
+from .laws import shape
 from .observe import Observers, RowCounts
-from .operand import Quantize, Slot, Statistic
+from .operand import Quantize, Slot, Statistic, Stub
 from .part_work import cast, check_values, main_value, own_names, restricted
 from .plan import Plan, Step
 from .program import Part
@@ -124,6 +125,8 @@ class _PartSolver:
         self.mixtures = [one for one in mixtures(self.plan.program) if any(n in own for e in one for n in e)]
         self.peers = peers(self.mixtures)
         self.routes: dict[tuple[int, str], Tensor] = {}
+        self.stubs: dict[str, Tensor] = {}
+        """Grids of attentions, as they are written; everything but the quantized model runs without them."""
         self.tensors = self._load()
 
     def _load(self) -> dict[str, Tensor]:
@@ -142,6 +145,9 @@ class _PartSolver:
                 self.rowwise[name] = RowwiseTensor(module, name, tensor)
                 continue
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        for node in self.plan.final.nodes(self.part):
+            if node.meta.get("stub"):
+                tensors[str(node.target)] = torch.zeros(shape(node))
         return tensors
 
     def run(self) -> None:
@@ -231,11 +237,14 @@ class _PartSolver:
         assert stream is not None
         experts = [linears for mixture in self.mixtures for linears in mixture if linears]
         counts = RowCounts((linears[0] for linears in experts), linear) if experts else None
+        on_value = linear.on_value if isinstance(linear, Observers) else None
         linear = counts or linear
         with torch.no_grad():
             tensors = cast(self.tensors, self.solver.compute)
             outputs = [
-                stream.run(i, step.program, self.part, tensors, step.bases, linear, self._keep_routes(i))
+                stream.run(
+                    i, step.program, self.part, tensors, step.bases, linear, self._keep_routes(i), on_value
+                )
                 for i in range(len(stream.batches))
             ]
         if self.outputs is None:
@@ -286,6 +295,10 @@ class _PartSolver:
 
     def _apply(self, rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
         before = dict(self.tensors)
+        for edit in rewrite.edits:
+            if isinstance(edit.operand, Stub):
+                self._calibrate(edit.site.module, edit.operand, values[edit.operand.slot])
+        rewrite = replace(rewrite, edits=tuple(e for e in rewrite.edits if e.verb is not Verb.STUB))
         for module, edits in by_module(rewrite.edits).items():
             if all(edit.verb is Verb.SWAP for edit in edits):
                 for edit in edits:
@@ -300,6 +313,13 @@ class _PartSolver:
             new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
             self.tensors.update({f"{module}.{local}": tensor.float() for local, tensor in new.items()})
 
+    def _calibrate(self, module: str, stub: Stub, found: Tensor) -> None:
+        """Keep scale and offset of a stub, in the dtypes in which they are stored."""
+        size = self.tensors[f"{module}.{stub.leaves[0]}"].shape
+        kinds = (torch.float32, torch.int8 if stub.kind == "fa" else torch.float32)
+        for leaf, tensor, kind in zip(stub.leaves, found, kinds, strict=True):
+            self.stubs[f"{module}.{leaf}"] = tensor.reshape(size).to(kind)
+
     def _write(self) -> None:
         dtype = self.plan.dtype
         formats, ties = self.plan.formats, self.plan.final.ties
@@ -310,7 +330,12 @@ class _PartSolver:
         for module, q in self.quantized.items():
             for local, tensor in formats[module].pack(q, dtype, module in row_parallel).items():
                 self.solver.sink(f"{module}.{local}", tensor)
+        for name, tensor in self.stubs.items():
+            if name in self.plan.layout.stubs:
+                self.solver.sink(name, tensor)
         for name, tensor in self.tensors.items():
+            if name in self.stubs:
+                continue
             if name not in ties and name.rpartition(".")[0] not in self.quantized:
                 self.solver.sink(name, self.solver.exported(name, tensor))
 
@@ -328,7 +353,7 @@ class _PartSolver:
         assert self.outputs is not None
         if solver.quantized_stream is not None:
             hook = quantized_linears(self.quantized, self.schemes, solver.compute)
-            tensors = cast(self.tensors, solver.compute)
+            tensors = cast({**self.tensors, **self.stubs}, solver.compute)
             quantized = solver.quantized_stream
             with torch.no_grad():
                 results = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .certificate import back, into
 from .contract import Basis
-from .execute import Route, execute, inputs_of
+from .execute import Observer, Route, execute, inputs_of
 from .program import Part, Program
 from .view import LinearHook
 
@@ -47,11 +47,13 @@ class Stream:
 
     def run(
         self, index: int, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
-        linear: LinearHook | None = None, route: Route | None = None,
+        linear: LinearHook | None = None, route: Route | None = None, on_value: Observer | None = None,
     ) -> Values:  # fmt: skip
         """The outputs of a part for one microbatch, settled in this stream's basis."""
         env = self.enter(index, program, part, bases)
-        outputs = execute(program, part, tensors, env, dtype=self.dtype, linear=linear, route=route)
+        outputs = execute(
+            program, part, tensors, env, dtype=self.dtype, linear=linear, route=route, on_value=on_value
+        )
         return {node.name: self.settle(node.name, value, bases) for node, value in outputs.items()}
 
     def advance(self, outputs: Sequence[Values], needed: frozenset[str]) -> None:

@@ -26,7 +26,12 @@ from .load import DESCRIPTION, FLOAT, format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
 from .shards import Shards, find_shards, read_json
 
-GLOBAL = ("version", "model_quant_type", "group_size", "metadata", "optional")
+GRIDS = ("C8", "FAQuant")
+"""Types of what belongs to no linear: grids of caches and attentions."""
+GLOBAL = (
+    "version", "model_quant_type", "group_size", "metadata", "optional", "kv_cache_type", "kv_quant_type",
+    "fa_quant_type",
+)  # fmt: skip
 """Keys of a description that are no tensors."""
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
@@ -149,7 +154,11 @@ def _modules(
     shards: Shards, description: Mapping[str, Any], dtype: torch.dtype | None
 ) -> tuple[dict[str, IntegerLinear], list[str]]:
     """The integer linears by their prefix, on meta, and what of the tensors does not fit the description."""
-    types = {name: kind for name, kind in description.items() if name not in GLOBAL}
+    types = {
+        name: kind
+        for name, kind in description.items()
+        if name not in GLOBAL and not name.endswith(".quant_type")
+    }
     wrong = [f"{name} has a type but is in no file" for name in types if name not in shards.entries]
     wrong += [
         f"{name} is in a file but has no type in {DESCRIPTION}"
@@ -168,6 +177,8 @@ def _modules(
     owned = {f"{prefix}.{leaf}": prefix for prefix, module in modules.items() for leaf in module.state_dict()}
     for name, kind in types.items():
         owner = owned.get(name)
+        if owner is None and kind in GRIDS:
+            continue
         want = FLOAT if owner is None or name.endswith(".bias") else modules[owner].type
         if kind not in (want, FLOAT if name.endswith(".bias") else want):
             wrong.append(f"{name} has the type {kind}, its linear is {want}")
@@ -196,8 +207,11 @@ def _values(
         for name, tensor in _each(file):
             prefix, _, leaf = name.rpartition(".")
             count += tensor.numel()
-            ask = VALUES.get(leaf) if prefix in modules else None
-            reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
+            if description.get(name) in GRIDS:
+                reason = _positive(tensor) if leaf.endswith("scale") else _finite(tensor)
+            else:
+                ask = VALUES.get(leaf) if prefix in modules else None
+                reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
             if reason:
                 wrong.append(f"{name}: {reason}")
             if isinstance(modules.get(prefix), W4A8Dynamic):
@@ -239,7 +253,7 @@ def _integers(tensor: Tensor, module: IntegerLinear) -> str:
     return f"integers from {least} to {most}, {module.type} holds {low} to {high}"
 
 
-def _positive(tensor: Tensor, module: IntegerLinear) -> str:
+def _positive(tensor: Tensor, module: IntegerLinear | None = None) -> str:
     if tensor.dtype == torch.int64:  # the bits of float32 numbers, for float16 models
         tensor = tensor.to(torch.int32).view(torch.float32)
     bad = int((~(tensor > 0) | ~torch.isfinite(tensor)).sum())

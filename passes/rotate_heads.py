@@ -9,6 +9,7 @@ from ..compiler.edit import Edit, Verb
 from ..compiler.program import Program
 from ..patterns.ov import ov_heads
 from .rotate_residual import check_block_size, hadamard_of
+from .smoothing import GRID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,13 @@ class RotateHeads(Pass):
     requires = frozenset()
     provides = frozenset({Fact.HEADS_ROTATED})
     breaks = frozenset()
-    before = {ov_heads: {"online_rotation": "the input of o is rotated at run time from there on"}}
+    before = {
+        ov_heads: {
+            "online_rotation": "the input of o is rotated at run time from there on",
+            "dynamic_cache": GRID,
+            "fa3_quant": GRID,
+        }
+    }
     after = {}
     claim = EXACT
 

@@ -33,6 +33,7 @@ TYPES: Mapping[str, Pattern[Any]] = {
 """The recipe's names of subgraph types, in the order in which they are applied within a block."""
 
 ONLINE = "the weights of the reader already expect the channels that the online rotation makes"
+GRID = "its int8 grid stands between v and the attention, and is made for the values before it"
 GROUP_METHODS = ("max", "mean")
 
 
@@ -94,7 +95,10 @@ class Smoothing(Pass, ABC):
     requires = frozenset()
     provides = frozenset({Fact.SMOOTHED})
     breaks = frozenset({Fact.NORMS_FUSED})
-    before = {ov: {"online_rotation": ONLINE}, up_down: {"online_rotation": ONLINE}}
+    before = {
+        ov: {"online_rotation": ONLINE, "dynamic_cache": GRID, "fa3_quant": GRID},
+        up_down: {"online_rotation": ONLINE},
+    }
     after = {norm_linear: {"fuse_norms": "its norm fusion takes the gain back into the weights"}}
     claim = EXACT
     needs: ClassVar[tuple[str, ...]] = ("absmax",)

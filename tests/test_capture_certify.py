@@ -54,12 +54,12 @@ def test_a_capture_is_certified_on_a_twin(family: str) -> None:
 
 
 def test_a_dropped_soft_cap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = capture_attention._forward
+    own = capture_attention.attend_as_qc
 
     def forward(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(capture_attention, "_forward", forward)
+    monkeypatch.setattr(capture_attention, "attend_as_qc", forward)
     monkeypatch.setattr(capture_module, "ATTENTIONS", (capture_attention.NAME,))
     with pytest.raises(NotEquivalent, match="not the model's own"):
         capture(ALL["gemma2"]())
@@ -67,26 +67,26 @@ def test_a_dropped_soft_cap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_op_cannot_say_is_captured_as_eager_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose code takes our mask for another kind (DeepSeek-V4) is captured with its own attention."""
-    own = capture_attention._forward
+    own = capture_attention.attend_as_qc
 
     def forward(*args: Any, softcap: float | None = None, **kwargs: Any) -> Any:
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(capture_attention, "_forward", forward)
+    monkeypatch.setattr(capture_attention, "attend_as_qc", forward)
     program = capture(ALL["gemma2"]())
     assert program.attention == "eager"
     assert "not captured as qc: the attention that was captured is not the model's own" in program.notes[0]
 
 
 def test_a_mask_without_its_window_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = capture_attention._mask
+    own = capture_attention.explicit_mask
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         from transformers.masking_utils import causal_mask_function
 
         return own(*args, **kwargs | {"mask_function": causal_mask_function})
 
-    monkeypatch.setattr(capture_attention, "_mask", mask)
+    monkeypatch.setattr(capture_attention, "explicit_mask", mask)
     monkeypatch.setattr(capture_module, "ATTENTIONS", (capture_attention.NAME,))
     with pytest.raises((NotEquivalent, Refused)):
         capture(ALL["mistral"]())

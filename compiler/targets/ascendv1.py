@@ -14,7 +14,7 @@ from ...runtime.w4a8 import W4A8Dynamic
 from ..errors import Refused
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
-from .served import LinearSite
+from .served import AttentionGrid, LinearSite, ModelFacts
 from .target import DiskNames, Layout
 
 DESCRIPTION = "quant_model_description.json"
@@ -65,7 +65,7 @@ def linear_tensors(
 def layout(
     parameters: Mapping[str, TensorSpec],
     sites: Sequence[LinearSite],
-    dtype: torch.dtype,
+    model: ModelFacts,
     names: DiskNames,
     choose: Callable[[LinearScheme, bool], type[IntegerLinear] | None],
 ) -> Layout:
@@ -88,12 +88,62 @@ def layout(
                     f"{module}: its weight shares a tensor on disk with others; exclude it from quantization"
                 )
             prefixes[module] = own.removesuffix(".weight")
-            for part, stored in linear_tensors(format, site, dtype).items():
+            for part, stored in linear_tensors(format, site, model.dtype).items():
                 full = f"{prefixes[module]}.{part}"
                 specs[full] = stored
                 types[full] = FLOAT_TYPE if part == "bias" else format.type
     groups = [s.scheme.weight.group for s in sites if s.scheme.weight and s.scheme.weight.group]
-    return Layout(specs, types, prefixes, groups[-1] if groups else 0)
+    stubs: dict[str, str] = {}
+    for grid in model.grids:
+        prefix = (
+            prefixes.get(grid.module)
+            or names.disk_name(f"{grid.attention}.x").removesuffix("x") + (grid.module.rpartition(".")[2])
+        )
+        for leaf, spec in grid_tensors(grid).items():
+            full = stubs[f"{grid.module}.{leaf}"] = f"{prefix}.{leaf}"
+            specs[full], types[full] = spec, "C8" if grid.stub.kind == "cache" else "FAQuant"
+    return Layout(specs, types, prefixes, groups[-1] if groups else 0, stubs, _facts(model.grids, names))
+
+
+def grid_tensors(grid: AttentionGrid) -> dict[str, TensorSpec]:
+    """Leaf name to dtype and shape of what is stored of a grid; nothing where it is found while the model runs."""
+    scale, offset = grid.stub.leaves
+    if grid.stub.kind == "cache":
+        size = (grid.heads * grid.head_dim,)
+        return {scale: TensorSpec(torch.float32, size), offset: TensorSpec(torch.float32, size)}
+    if grid.stub.scope == "token":
+        return {}
+    size = (grid.heads, 1)
+    return {scale: TensorSpec(torch.float32, size), offset: TensorSpec(torch.int8, size)}
+
+
+def _facts(grids: Sequence[AttentionGrid], names: DiskNames) -> dict[str, Any]:
+    """Keys by which a server knows of quantized caches and attentions."""
+    found: dict[str, Any] = {}
+    if any(grid.stub.kind == "cache" for grid in grids):
+        found |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    read: dict[str, dict[str, str]] = {}
+    for grid in grids:
+        if grid.stub.kind == "fa":
+            kind = "INT8_DYNAMIC" if grid.stub.scope == "token" else "INT8"
+            read.setdefault(grid.attention, {})["qkv"[grid.stub.operand].upper()] = kind
+    if read:
+        found["fa_quant_type"] = "FAKQuant"
+    for attention, kinds in read.items():
+        prefix = names.disk_name(f"{attention}.x").removesuffix(".x")
+        found[f"{prefix}.quant_type"] = merged(kinds)
+    return found
+
+
+def merged(kinds: Mapping[str, str]) -> str:
+    """Types of Q, K and V in one string: one type alone where all have it, else ``QK_INT8_V_INT8_DYNAMIC``."""
+    if len(set(kinds.values())) == 1 and len(kinds) == 3:
+        return next(iter(kinds.values()))
+    groups: dict[str, str] = {}
+    for letter in "QKV":
+        if letter in kinds:
+            groups[kinds[letter]] = groups.get(kinds[letter], "") + letter
+    return "_".join(f"{letters}_{kind}" for kind, letters in groups.items())
 
 
 def description(layout: Layout) -> dict[str, Any]:
@@ -101,6 +151,7 @@ def description(layout: Layout) -> dict[str, Any]:
     present = set(layout.types.values())
     return {
         **layout.types,
+        **layout.facts,
         "version": VERSION,
         "model_quant_type": max(present & set(PRIORITY), key=PRIORITY.index, default=FLOAT_TYPE),
         "group_size": layout.group_size,

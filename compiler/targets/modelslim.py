@@ -67,7 +67,7 @@ class ModelSlim(Target):
         names: DiskNames,
     ) -> Layout:
         """The tensors of the ascendv1 layout."""
-        return ascendv1.layout(parameters, sites, model.dtype, names, self.format_of)
+        return ascendv1.layout(parameters, sites, model, names, self.format_of)
 
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..attention_sites import attention_sites
 from ..edit import Verb
 from ..laws import is_attention, shape
-from ..operand import Kronecker
+from ..operand import Kronecker, Stub
 from ..roles import read_together, roles_of
 from ..safetensors_io import TensorSpec
 from ..scheme import FLOAT, LinearScheme
@@ -81,6 +82,24 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class AttentionGrid:
+    """q, k or v of an attention on an int8 grid, cached so or read so by the attention."""
+
+    module: str
+    """Where its tensors stand: ``<attention>.k_proj`` of a cache, ``<attention>.fa_k`` of an attention."""
+    stub: Stub
+    heads: int
+    head_dim: int
+    plain: bool
+    """Whether one linear alone writes it, as in every attention but those over a latent."""
+
+    @property
+    def attention(self) -> str:
+        """The module of the attention."""
+        return self.module.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What rules need to know of the model besides its linears."""
 
@@ -91,6 +110,7 @@ class ModelFacts:
     attentions: tuple[Heads, ...] = ()
     """Each kind once."""
     norm_biases: tuple[NormBias, ...] = ()
+    grids: tuple[AttentionGrid, ...] = ()
     float_modules: tuple[str, ...] = ()
     """Modules with a float weight that are not in the list of linears: embeddings, norms, the head."""
 
@@ -140,6 +160,7 @@ def facts_of(plan: Plan) -> ModelFacts:
         plan.tp,
         tuple(attentions),
         tuple(NormBias(norm, by, offset) for norm, (by, offset) in _norm_biases(plan).items()),
+        _grids(plan),
         tuple(
             name
             for name, leaf in program.leaves.items()
@@ -172,13 +193,29 @@ def parameters_of(plan: Plan) -> dict[str, TensorSpec]:
     return result
 
 
+def _grids(plan: Plan) -> tuple[AttentionGrid, ...]:
+    """Every stub that the passes place, in the order of the plan."""
+    edits = [e for step in plan.steps for rewrite in step.answer.rewrites for e in rewrite.edits]
+    stubs = [(e.site.module, e.operand) for e in edits if isinstance(e.operand, Stub)]
+    sites = {site.node: site for site in attention_sites(plan.program)} if stubs else {}
+    return tuple(
+        AttentionGrid(
+            module, stub, *sites[stub.node].sizes(stub.operand),
+            plain=len(sites[stub.node].writers[stub.operand]) == 1,
+        )
+        for module, stub in stubs
+    )  # fmt: skip
+
+
 def _norm_biases(plan: Plan) -> dict[str, tuple[str, float]]:
     """Norms that have no bias in the input and get one, with the pass that gives it and the norm's offset."""
     found: dict[str, tuple[str, float]] = {}
     for step in plan.steps:
         for rewrite in step.answer.rewrites:
             for edit in rewrite.edits:
+                if edit.verb is not Verb.SHIFT_OUT:
+                    continue
                 leaf = plan.final.leaves[edit.site.module]
-                if edit.verb is Verb.SHIFT_OUT and leaf.norm is not None and not leaf.norm.bias:
+                if leaf.norm is not None and not leaf.norm.bias:
                     found.setdefault(edit.site.module, (rewrite.pass_name, leaf.norm.offset))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ...runtime.linear import IntegerLinear
@@ -42,6 +42,10 @@ class Layout:
     """Quantized linear to the name in front of its tensors: a tensor is written as ``<prefix>.<leaf>``."""
     group_size: int = 0
     """Input channels per scale, where there are groups."""
+    stubs: Mapping[str, str] = field(default_factory=dict)
+    """Stored tensors of attention grids: own name to name on disk."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of the description."""
 
     @property
     def nbytes(self) -> int:

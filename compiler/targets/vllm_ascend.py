@@ -66,6 +66,7 @@ class VllmAscend(Target):
             found += _prefix(site, labels, floats)
         found += self._experts(sites)
         found += self._ranks(sites, model)
+        found += _grids(model)
         return tuple(found)
 
     def tp_sizes(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ class VllmAscend(Target):
         names: DiskNames,
     ) -> Layout:
         """The tensors of the ascendv1 layout."""
-        return ascendv1.layout(parameters, sites, model.dtype, names, self.format_of)
+        return ascendv1.layout(parameters, sites, model, names, self.format_of)
 
     def run_as_one(self, sites: Sequence[LinearSite]) -> Mapping[str, str]:
         """Shards of q, k, v and of gate, up: the server's loader lets the last one overwrite the others."""
@@ -273,6 +274,41 @@ def _norm_biases(model: ModelFacts) -> Iterator[Problem]:
             continue
         told = f"{item.added_by} gives it a bias; {message}"
         yield Problem("norm-bias", item.norm, told, f"make {item.added_by} symmetric")
+
+
+def _grids(model: ModelFacts) -> Iterator[Problem]:
+    """Caches are read by scale alone, per channel; attention on int8 grids exists over a latent only."""
+    for grid in model.grids:
+        if grid.stub.kind == "fa":
+            yield Problem(
+                "attention",
+                grid.attention,
+                "the server reads q, k and v in int8 only where keys and values are a latent (MLA), and these"
+                " stubs stand behind it",
+                "take dynamic_cache, or --target modelslim",
+            )
+        elif not grid.plain:
+            yield Problem(
+                "cache",
+                grid.attention,
+                "its keys and values come from more than one linear (a latent), of which the server caches something"
+                " else",
+                "leave dynamic_cache out",
+            )
+        elif not grid.stub.symmetric:
+            yield Problem(
+                "cache",
+                grid.attention,
+                "the server adds the offset when it writes a cache and forgets it when it reads",
+                "take dynamic_cache{symmetric=true}",
+            )
+        elif grid.head_dim % 32:
+            yield Problem(
+                "cache",
+                grid.attention,
+                f"its heads have {grid.head_dim} channels; a cache of int8 needs a multiple of 32",
+                "leave dynamic_cache out",
+            )
 
 
 def _sizes(site: LinearSite) -> Iterator[Problem]:
