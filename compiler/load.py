@@ -21,7 +21,7 @@ from transformers.core_model_loading import (
 )
 
 from ..runtime.formats import FORMATS
-from ..runtime.linear import IntegerLinear
+from ..runtime.linear import ROTATIONS, IntegerLinear
 from ..runtime.norm import RMSNormBias
 from ..runtime.w4a8 import SHARES, W4A8Dynamic
 from .capture_attention import NAME
@@ -132,7 +132,7 @@ def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> di
         f"{name}.{leaf}"
         for name, module in model.named_modules()
         if isinstance(module, IntegerLinear)
-        for leaf in module.tensors(bias=module.bias is not None)
+        for leaf in module.state_dict()
     }
     result: dict[str, Tensor] = {}
     for name, wanted in model.state_dict().items():
@@ -252,6 +252,11 @@ def format_on_meta(
         sizes = [factor.shape[0] for factor in factors if factor is not None]
         if len(sizes) == 2 and in_features % (sizes[0] * sizes[1]) == 0:
             options["blocks"] = in_features // (sizes[0] * sizes[1])
+    for turn, names in ROTATIONS.items():
+        factors = [entries.get(f"{prefix}.{name}") for name in names]
+        if all(factor is not None for factor in factors):
+            sizes = [factor.shape[0] for factor in factors if factor is not None]
+            options["rotation"] = (turn, sizes[0], sizes[1] if len(sizes) > 1 else in_features // sizes[0])
     scale = entries.get(f"{prefix}.weight_scale")
     groups = scale.shape[-1] if scale is not None and scale.shape else 1
     try:

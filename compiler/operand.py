@@ -183,9 +183,14 @@ class Kronecker:
     copies: int = 1
     random: bool = False
     """Random orthogonal factors instead of Hadamard matrices."""
+    layout: Literal["flatquant", "heads", "kronecker"] = "flatquant"
+    """How it is stored: in the server's FlatQuant linear, or as the reference tool does; ``heads`` turns whole heads,
+    so the right factor is one."""
+    block: int = 0
+    """Order of the equal diagonal blocks of the left factor; 0 for one block."""
 
     def __str__(self) -> str:
-        kind = "random " if self.random else ""
+        kind = ("random " if self.random else "") + ("" if self.layout == "flatquant" else f"{self.layout} ")
         return f"{kind}{self.left}x{self.right}" + (f" x{self.copies}" if self.copies > 1 else "")
 
 
@@ -193,7 +198,11 @@ class Kronecker:
 def stored_factors(rotation: Kronecker) -> tuple[Tensor, Tensor]:
     """The factors [left, left] and [right, right] as they are stored: rounded to ``rotation.dtype``, float64."""
     make = random_orthogonal if rotation.random else random_hadamard
-    left, right = make(rotation.left, rotation.seed), make(rotation.right, rotation.seed + 1)
+    order = rotation.block or rotation.left
+    left = torch.block_diag(*[make(order, rotation.seed)] * (rotation.left // order))
+    right = torch.eye(rotation.right, dtype=torch.float64)
+    if rotation.layout != "heads":
+        right = make(rotation.right, rotation.seed + 1)
     return left.to(rotation.dtype).double(), right.to(rotation.dtype).double()
 
 

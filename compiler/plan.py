@@ -89,7 +89,7 @@ class Plan:
     def formats(self) -> dict[str, Any]:
         """The format class of every quantized linear, by module."""
         return {
-            str(node.target): self.target.format_of(node.meta["scheme"], "rotated" in node.meta)
+            str(node.target): self.target.format_of(node.meta["scheme"], served_rotation(node))
             for node in self.final.graph.nodes
             if "scheme" in node.meta
         }
@@ -106,6 +106,12 @@ class Plan:
             lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(self.problems, 1))
             raise Refused(f"this plan has {count} problem{'s' if count > 1 else ''}:\n{lines}")
         return self
+
+
+def served_rotation(node: Any) -> bool:
+    """Whether a linear is rotated online in the way that has a format of its own."""
+    rotation = node.meta.get("rotated")
+    return rotation is not None and rotation.layout == "flatquant"
 
 
 def make_plan(

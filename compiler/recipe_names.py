@@ -16,19 +16,14 @@ API_VERSIONS: Mapping[str, str] = {
 """Values of ``apiversion`` besides ``modelslim_v1``, and what they are."""
 
 PROCESSORS = frozenset({
-    "adapt_rotation", "float_sparse", "flatquant", "svd_res", "group", "unary_analysis", "binary_analysis",
+    "adapt_rotation", "float_sparse", "flatquant", "svd_res", "unary_analysis", "binary_analysis",
     "binary_operator_layer_wise", "binary_operator_model_wise",
 })  # fmt: skip
 
 OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "quarot": {
-        "max_tp_size": "rotations per tensor-parallel rank; --tp does that for what vllm-ascend serves",
-        "down_proj_online_layers": "online rotations of chosen layers; online_rotation{include=...} chooses by globs",
-        "export_extra_info": "the rotation as a file for draft models",
-    },
     "online_quarot": {"block_size": "the split of an online rotation is the server's own"},
-}  # fmt: skip
+}
 """Processor to its options that are missing, each with what it is for or what there is instead."""
 
 RUNNERS = frozenset({"model_wise", "dp_layer_wise"})
-SAVERS = frozenset({"ascendv1_saver_distributed", "mindie_format_saver", "compressed_tensors"})
+SAVERS = frozenset({"mindie_format_saver", "compressed_tensors"})

@@ -79,6 +79,11 @@ class Solver:
             for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits
             if isinstance(edit.operand, Quantize)
         }  # fmt: skip
+        self.online = {
+            str(node.target): node.meta["rotated"].layout
+            for node in plan.final.graph.nodes
+            if "rotated" in node.meta and node.meta["rotated"].layout != "flatquant"
+        }
         self.float_stream: Stream | None = None
         self.quantized_stream: Stream | None = None
 
@@ -226,6 +231,7 @@ class _PartSolver:
             quantized=self.quantized,
             schemes=self.schemes,
             planned=self.solver.planned,
+            online=self.solver.online,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.linear import IntegerLinear
+from ..runtime.linear import ROTATIONS, IntegerLinear
 from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
 from .errors import Refused
@@ -26,6 +26,8 @@ from .load import DESCRIPTION, FLOAT, format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
 from .shards import Shards, find_shards, read_json
 
+TURNS = frozenset(name for names in ROTATIONS.values() for name in names)
+"""Factors of online rotations, which have no type."""
 GRIDS = ("C8", "FAQuant")
 """Types of what belongs to no linear: grids of caches and attentions."""
 GLOBAL = (
@@ -163,7 +165,7 @@ def _modules(
     wrong += [
         f"{name} is in a file but has no type in {DESCRIPTION}"
         for name in shards.entries
-        if name not in types
+        if name not in types and name.rpartition(".")[2] not in TURNS
     ]
     modules: dict[str, IntegerLinear] = {}
     for name, kind in types.items():
@@ -176,6 +178,9 @@ def _modules(
             wrong.append(str(error))
     owned = {f"{prefix}.{leaf}": prefix for prefix, module in modules.items() for leaf in module.state_dict()}
     for name, kind in types.items():
+        if name.rpartition(".")[2] in TURNS:
+            wrong.append(f"{name} has a type, and factors of online rotations have none")
+            continue
         owner = owned.get(name)
         if owner is None and kind in GRIDS:
             continue
@@ -278,7 +283,8 @@ def _ratio(tensor: Tensor, module: IntegerLinear) -> str:
 
 VALUES: Mapping[str, Callable[[Tensor, IntegerLinear], str]] = {
     "weight": _integers, "weight_scale": _positive, "weight_offset": _zero, "input_scale": _positive,
-    "deq_scale": _positive, "left_trans": _rotation, "right_trans": _rotation, "clip_ratio": _ratio,
+    "deq_scale": _positive, "heads_rotation": _rotation, "kronecker_rotation_m": _rotation,
+    "kronecker_rotation_n": _rotation, "left_trans": _rotation, "right_trans": _rotation, "clip_ratio": _ratio,
 }  # fmt: skip
 """What is asked of the values of each tensor of an integer linear."""
 

@@ -34,6 +34,8 @@ class BlockView:
     """Linears that an earlier pass quantized."""
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)
     """Their schemes."""
+    online: Mapping[str, str] = field(default_factory=dict)
+    """Linears behind an online rotation that is stored beside them, with its kind."""
     planned: Mapping[str, Quantize] = field(default_factory=dict)
     """What later passes of the plan are going to make of linears."""
     batches: int = 0

@@ -101,7 +101,7 @@ class BlockRounding:
     def clip(self, names: list[str], importance: list[Tensor]) -> None:
         """One clip ratio for the activation that these linears read, where their format has a place for it."""
         q = self.done[names[0]]
-        if q.left is None:
+        if q.left is None or q.online is not None:
             return
         scheme = self.scheme(names[0])
         search = ClipSearch(

@@ -25,13 +25,14 @@ def rounded_weight(
         weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
         left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
+        online=view.online.get(name),
     )  # fmt: skip
 
 
 def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype:
     """The dtype in which the server holds the weight scales of a linear."""
     assert scheme.weight is not None
-    rotated = f"{name}.left_trans" in view.tensors
+    rotated = f"{name}.left_trans" in view.tensors and name not in view.online
     act_bits = scheme.act.bits if scheme.act else None
     return format_of(scheme.weight.bits, act_bits, scheme.scope, rotated).scale_dtype(view.export_dtype)
 

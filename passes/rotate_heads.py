@@ -9,7 +9,7 @@ from ..compiler.edit import Edit, Verb
 from ..compiler.program import Program
 from ..patterns.ov import ov_heads
 from .rotate_residual import check_block_size, hadamard_of
-from .smoothing import GRID
+from .smoothing import GRID, ONLINE_PASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class RotateHeads(Pass):
     breaks = frozenset()
     before = {
         ov_heads: {
-            "online_rotation": "the input of o is rotated at run time from there on",
+            **dict.fromkeys(ONLINE_PASSES, "the input of o is rotated at run time from there on"),
             "dynamic_cache": GRID,
             "fa3_quant": GRID,
         }

@@ -43,6 +43,9 @@ class RotateResidual(Pass):
     block_size: int = -1
     """Order of the diagonal blocks: -1 for one matrix over all channels, else a power of 2 that divides."""
 
+    export_extra_info: bool = True
+    """Write the rotation to ``optional/quarot.safetensors``, for draft models that share the hidden state."""
+
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
 

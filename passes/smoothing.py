@@ -32,6 +32,7 @@ TYPES: Mapping[str, Pattern[Any]] = {
 }
 """The recipe's names of subgraph types, in the order in which they are applied within a block."""
 
+ONLINE_PASSES = ("online_rotation", "quarot_online")
 ONLINE = "the weights of the reader already expect the channels that the online rotation makes"
 GRID = "its int8 grid stands between v and the attention, and is made for the values before it"
 GROUP_METHODS = ("max", "mean")
@@ -96,8 +97,8 @@ class Smoothing(Pass, ABC):
     provides = frozenset({Fact.SMOOTHED})
     breaks = frozenset({Fact.NORMS_FUSED})
     before = {
-        ov: {"online_rotation": ONLINE, "dynamic_cache": GRID, "fa3_quant": GRID},
-        up_down: {"online_rotation": ONLINE},
+        ov: {**dict.fromkeys(ONLINE_PASSES, ONLINE), "dynamic_cache": GRID, "fa3_quant": GRID},
+        up_down: dict.fromkeys(ONLINE_PASSES, ONLINE),
     }
     after = {norm_linear: {"fuse_norms": "its norm fusion takes the gain back into the weights"}}
     claim = EXACT
@@ -135,7 +136,7 @@ class Smoothing(Pass, ABC):
         """The enabled types, or those that keep their effect at this place of the plan."""
         if self.enabled is not None:
             return tuple(TYPES[name] for name in TYPES if name in self.enabled)
-        if "online_rotation" in setting.before:
+        if set(ONLINE_PASSES) & set(setting.before):
             return (norm_linear,)
         if "fuse_norms" in setting.after:
             return (up_down, ov, linear_linear)
@@ -218,7 +219,7 @@ def ordered(channels_last: Tensor, site: Site) -> Tensor:
 
 def _why(setting: Setting, taken: tuple[Pattern[Any], ...]) -> str:
     names = ", ".join(name for name, pattern in TYPES.items() if pattern in taken)
-    if "online_rotation" in setting.before:
+    if set(ONLINE_PASSES) & set(setting.before):
         return f"{names}: after an online rotation only the norm's gain can still absorb a scale"
     if "fuse_norms" in setting.after:
         return f"{names}: norm-linear is left out, a later norm fusion would take the gain back"

@@ -39,6 +39,19 @@ def split(width: int) -> tuple[int, int]:
     return a, b
 
 
+def laos_split(width: int) -> tuple[int, int]:
+    """``(m, k)`` with m * k = width nearest to its square root, both 1, 2 or a multiple of 4 up to 256.
+
+    The split of the reference tool's online rotation of down projections (spec/modelslim.md 2.10.7). ValueError where
+    there is none.
+    """
+    allowed = {1, 2, *range(4, LARGEST_FACTOR + 1, 4)}
+    for m in sorted((m for m in allowed if width % m == 0 and width // m in allowed), reverse=True):
+        if m * m <= width:
+            return m, width // m
+    raise ValueError(f"width {width} is no product of two factors that are 1, 2 or a multiple of 4 up to 256")
+
+
 def blocks(width: int, left: Tensor, right: Tensor) -> int:
     """How many times the pair ``left`` [a, a], ``right`` [b, b] acts side by side on ``width`` channels.
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from .int_matmul import int_matmul
+from .kronecker import rotate
 from .quantize import dequantize
 from .quantized import QuantizedLinear
+
+ROTATIONS = {
+    "heads": ("heads_rotation",),
+    "kronecker": ("kronecker_rotation_m", "kronecker_rotation_n"),
+}
+"""Online rotations of the reference tool, with the names of their factors on disk."""
 
 
 class IntegerLinear(nn.Module, ABC):
@@ -45,6 +52,7 @@ class IntegerLinear(nn.Module, ABC):
         dtype: torch.dtype = torch.bfloat16,
         group_size: int = 0,
         device: torch.device | str | None = None,
+        rotation: tuple[str, int, int] | None = None,
     ) -> None:
         super().__init__()
         if group_size and (not self.grouped or in_features % group_size):
@@ -57,11 +65,14 @@ class IntegerLinear(nn.Module, ABC):
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.group_size = dtype, group_size
         self.register_buffer("bias", None)
-        for name, (kind, shape) in self.tensors(bias).items():
+        self.rotation = rotation
+        for name, (kind, shape) in {**self.tensors(bias), **self.rotation_tensors()}.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
 
     weight: Tensor
     bias: Tensor | None
+    rotation: tuple[str, int, int] | None = None
+    """An online rotation of the reference tool before it: ``heads`` or ``kronecker``, and the sizes of its factors."""
 
     def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name to (dtype, shape) of everything stored; the bias, when present, is in the model's dtype."""
@@ -74,6 +85,13 @@ class IntegerLinear(nn.Module, ABC):
         if bias:
             stored["bias"] = (self.dtype, (self.out_features,))
         return stored
+
+    def rotation_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name to (dtype, shape) of the factors of ``rotation``."""
+        if self.rotation is None:
+            return {}
+        kind, *sizes = self.rotation
+        return {name: (self.dtype, (size, size)) for name, size in zip(ROTATIONS[kind], sizes, strict=False)}
 
     @classmethod
     def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
@@ -97,7 +115,15 @@ class IntegerLinear(nn.Module, ABC):
         }
         if q.bias is not None:
             packed["bias"] = q.bias.to(dtype)
-        return packed
+        return packed | cls._factors(q, dtype)
+
+    @classmethod
+    def _factors(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The stored factors of an online rotation of the reference tool; those over heads leave channels alone."""
+        if q.online is None:
+            return {}
+        given = zip(ROTATIONS[q.online], (q.left, q.right), strict=False)
+        return {name: factor.to(dtype).contiguous() for name, factor in given if factor is not None}
 
     @classmethod
     def _check(cls, q: QuantizedLinear, dtype: torch.dtype) -> None:
@@ -121,6 +147,7 @@ class IntegerLinear(nn.Module, ABC):
             "there is no place for an input scale": not stored and q.input_scale is not None,
             "a left and a right factor are needed": cls.rotated and (q.left is None or q.right is None),
             "there is no place for an online rotation": not cls.rotated
+            and q.online is None
             and (q.left is not None or q.right is not None),
             "there is no place for a clip ratio": not cls.rotated and q.clip != 1.0,
         }
@@ -139,10 +166,20 @@ class IntegerLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features] in the dtype of x."""
-        y = self.rows(x.reshape(-1, self.in_features))
+        y = self.rows(self.turned(x.reshape(-1, self.in_features)))
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rows [rows, in_features] behind ``rotation``."""
+        if self.rotation is None:
+            return x
+        kind, left, right = self.rotation
+        matrix = self.get_buffer(ROTATIONS[kind][0]).to(x.dtype)
+        if kind == "heads":
+            return (matrix.T @ x.reshape(-1, left, right)).reshape(x.shape)
+        return rotate(x, matrix, self.get_buffer(ROTATIONS[kind][1]))
 
     @property
     def scale(self) -> Tensor:

@@ -29,5 +29,7 @@ class QuantizedLinear:
     """[a, a], the left factor of an online rotation, already folded into the weight."""
     right: Tensor | None = None
     """[b, b], the right factor."""
+    online: str | None = None
+    """The kind of a rotation that is stored as the reference tool does: ``heads`` or ``kronecker``."""
     clip: float = 1.0
     """Ratio in (0, 1] by which the per-token scale of the activation is cut."""

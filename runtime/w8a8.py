@@ -77,7 +77,7 @@ class W8A8(IntegerLinear):
                 "cannot pack as W8A8: a bias is too large for 32 bits on the grid of its channel"
             )
         bits = deq_scale.view(torch.int32).to(torch.int64)
-        return {
+        return cls._factors(q, dtype) | {
             "weight": q.weight.contiguous(),
             "input_scale": scale.to(dtype),
             "input_offset": offset.to(torch.int8),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...runtime.formats import format_of as runtime_format
-from ...runtime.linear import IntegerLinear
+from ...runtime.linear import ROTATIONS, IntegerLinear
 from ...runtime.w4a4 import W4A4FlatQuantDynamic
 from ...runtime.w4a8 import W4A8Dynamic
 from ..errors import Refused
@@ -20,6 +21,11 @@ from .target import DiskNames, Layout
 DESCRIPTION = "quant_model_description.json"
 FLOAT_TYPE = "FLOAT"
 VERSION = "1.0.0"
+ROTATION_FILE = "optional/quarot.safetensors"
+GLOBAL_ROTATION = {"quarot": {"rotation_map": {"global_rotation": ROTATION_FILE}}}
+"""Where a draft model finds the rotation of the hidden state that it shares."""
+TURNS = frozenset(name for names in ROTATIONS.values() for name in names)
+"""Tensors of online rotations that stand in the weights alone."""
 PRIORITY = (
     FLOAT_TYPE,
     "W8A16",
@@ -54,6 +60,8 @@ def linear_tensors(
     """Leaf name to dtype and shape of every tensor of one quantized linear, in a model of ``dtype``."""
     group = site.scheme.weight.group if site.scheme.weight else 0
     options: dict[str, Any] = {"bias": site.bias, "dtype": dtype, "group_size": group, "device": "meta"}
+    if site.online is not None:
+        options["rotation"] = (site.online.layout, site.online.left, site.online.right)
     if issubclass(format, W4A4FlatQuantDynamic):
         options["blocks"] = site.blocks
     if issubclass(format, W4A8Dynamic):
@@ -91,7 +99,8 @@ def layout(
             for part, stored in linear_tensors(format, site, model.dtype).items():
                 full = f"{prefixes[module]}.{part}"
                 specs[full] = stored
-                types[full] = FLOAT_TYPE if part == "bias" else format.type
+                if part not in TURNS:  # the reference tool names no types of them
+                    types[full] = FLOAT_TYPE if part == "bias" else format.type
     groups = [s.scheme.weight.group for s in sites if s.scheme.weight and s.scheme.weight.group]
     stubs: dict[str, str] = {}
     for grid in model.grids:
@@ -102,7 +111,25 @@ def layout(
         for leaf, spec in grid_tensors(grid).items():
             full = stubs[f"{grid.module}.{leaf}"] = f"{prefix}.{leaf}"
             specs[full], types[full] = spec, "C8" if grid.stub.kind == "cache" else "FAQuant"
-    return Layout(specs, types, prefixes, groups[-1] if groups else 0, stubs, _facts(model.grids, names))
+    return Layout(
+        specs, types, prefixes, groups[-1] if groups else 0, stubs,
+        facts=_facts(model.grids, names), metadata=_metadata(sites),
+        optional=GLOBAL_ROTATION if model.global_rotation else {},
+    )  # fmt: skip
+
+
+def _metadata(sites: Sequence[LinearSite]) -> dict[str, Any]:
+    """What a reader should know of online rotations: which layers have which."""
+    turned = [site for site in sites if site.online is not None]
+    if not turned:
+        return {}
+    found: dict[str, Any] = {"max_tp_size": max(s.online.block for s in turned if s.online)}
+    for kind in ROTATIONS:
+        names = [site.name for site in turned if site.online is not None and site.online.layout == kind]
+        found[f"{kind}_rotation"] = {
+            "layers": [int(n) for name in names for n in re.findall(r"\.(\d+)\.", name)[:1]]
+        }
+    return {"quarot": found}
 
 
 def grid_tensors(grid: AttentionGrid) -> dict[str, TensorSpec]:
@@ -155,6 +182,6 @@ def description(layout: Layout) -> dict[str, Any]:
         "version": VERSION,
         "model_quant_type": max(present & set(PRIORITY), key=PRIORITY.index, default=FLOAT_TYPE),
         "group_size": layout.group_size,
-        "metadata": {},
-        "optional": {},
+        "metadata": layout.metadata,
+        "optional": layout.optional,
     }

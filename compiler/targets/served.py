@@ -10,7 +10,7 @@ import torch
 from ..attention_sites import attention_sites
 from ..edit import Verb
 from ..laws import is_attention, shape
-from ..operand import Kronecker, Stub
+from ..operand import Hadamard, Kronecker, Stub
 from ..roles import read_together, roles_of
 from ..safetensors_io import TensorSpec
 from ..scheme import FLOAT, LinearScheme
@@ -37,6 +37,8 @@ class LinearSite:
     """Sizes (a, b) of the factors of that rotation; ``in_features`` is a number of blocks of a * b."""
     rotation: Kronecker | None = None
     """The rotation itself, where more than its sizes is known."""
+    online: Kronecker | None = None
+    """A rotation of its input that is stored as the reference tool does, beside the linear."""
     reads_with: tuple[str, ...] = ()
     """Other linears that read the same value, found by dataflow."""
     row_parallel: bool = False
@@ -111,6 +113,8 @@ class ModelFacts:
     """Each kind once."""
     norm_biases: tuple[NormBias, ...] = ()
     grids: tuple[AttentionGrid, ...] = ()
+    global_rotation: bool = False
+    """Whether the rotation of the hidden state is written for draft models."""
     float_modules: tuple[str, ...] = ()
     """Modules with a float weight that are not in the list of linears: embeddings, norms, the head."""
 
@@ -125,7 +129,8 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
         if leaf is None or leaf.kind != "linear" or node.meta["part"] not in blocks:
             continue
         out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
-        rotation: Kronecker | None = node.meta.get("rotated")
+        turned: Kronecker | None = node.meta.get("rotated")
+        rotation = turned if turned is not None and turned.layout == "flatquant" else None
         added: str | None = node.meta.get("bias_from")
         sites.append(
             LinearSite(
@@ -138,6 +143,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 rotated=rotation is not None,
                 split=(rotation.left, rotation.right) if rotation else None,
                 rotation=rotation,
+                online=turned if rotation is None else None,
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
                 expert=name in roles["expert"],
@@ -161,6 +167,7 @@ def facts_of(plan: Plan) -> ModelFacts:
         tuple(attentions),
         tuple(NormBias(norm, by, offset) for norm, (by, offset) in _norm_biases(plan).items()),
         _grids(plan),
+        global_rotation(plan) is not None,
         tuple(
             name
             for name, leaf in program.leaves.items()
@@ -191,6 +198,15 @@ def parameters_of(plan: Plan) -> dict[str, TensorSpec]:
         if leaf == "weight" and module in added:
             result[f"{module}.bias"] = TensorSpec(plan.dtype, added[module])
     return result
+
+
+def global_rotation(plan: Plan) -> Hadamard | None:
+    """The rotation of the hidden state, where a pass wants it written."""
+    for step in plan.steps:
+        for rewrite in step.answer.rewrites:
+            if rewrite.basis is not None and getattr(step.what, "export_extra_info", False):
+                return rewrite.basis.rotation
+    return None
 
 
 def _grids(plan: Plan) -> tuple[AttentionGrid, ...]:

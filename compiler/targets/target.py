@@ -46,6 +46,10 @@ class Layout:
     """Stored tensors of attention grids: own name to name on disk."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further keys of the description."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """The description's ``metadata``."""
+    optional: Mapping[str, Any] = field(default_factory=dict)
+    """The description's ``optional``: files that stand in a folder of that name."""
 
     @property
     def nbytes(self) -> int:

@@ -62,6 +62,7 @@ class VllmAscend(Target):
             found += _fused(site, by_name, order, labels)
             found += _sizes(site)
             found += _rotation(site, model)
+            found += _online(site)
             found += self._bias(site)
             found += _prefix(site, labels, floats)
         found += self._experts(sites)
@@ -374,6 +375,17 @@ def _rotation(site: LinearSite, model: ModelFacts) -> Iterator[Problem]:
             f"its factors are {wanted}; CANN before 8.5 takes at most {SAFE_FACTOR}",
             "serve it on CANN 8.5 or newer",
             "warning",
+        )
+
+
+def _online(site: LinearSite) -> Iterator[Problem]:
+    """Rotations that the reference tool stores beside a linear are tensors that the server does not know."""
+    if site.online is not None:
+        yield Problem(
+            "online",
+            site.name,
+            f"its online rotation ({site.online.layout}) is stored in tensors that the server refuses to load",
+            "take online_rotation, which is served before W4A4 linears, or --target modelslim",
         )
 
 
