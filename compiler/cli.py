@@ -73,8 +73,15 @@ def make_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         if name == "compile":
             command.add_argument("--out", required=True, help="directory to make")
+            command.add_argument(
+                "--fallback", default="L0", metavar="LK",
+                help="leave the K most sensitive places float, found on the calibration data (L5)",
+            )  # fmt: skip
             command.add_argument("--force", action="store_true", help="replace OUT when it exists")
         else:
+            command.add_argument(
+                "--yaml", action="store_true", help="print the plan as a recipe file that --config reads"
+            )
             command.add_argument(
                 "--json",
                 action="store_true",
@@ -146,6 +153,7 @@ def options_of(args: argparse.Namespace) -> Any:
     from .compile import Options
 
     return Options(
+        fallback=getattr(args, "fallback", "L0"),
         scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
@@ -193,6 +201,7 @@ def run_plan(args: argparse.Namespace) -> int:
     """
     from .compile import plan
     from .plan_text import plan_json, plan_text
+    from .recipe_yaml import recipe_yaml
 
     try:
         planned = plan(args.model, passes_of(args), options_of(args))
@@ -200,6 +209,9 @@ def run_plan(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))
         raise
+    if args.yaml:
+        print(recipe_yaml(planned.require()), end="")
+        return 0
     if args.json:
         print(json.dumps(plan_json(planned), indent=2))
     else:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import registry
 from .calibration import Calibration, calibration
 from .capture import capture
 from .certify import vocabulary
@@ -30,6 +31,7 @@ from .export import (
     write_json,
     write_manifest,
 )
+from .fallback import level, most_sensitive, quantizers, without
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
@@ -78,10 +80,13 @@ class Options:
     """Largest file of weights in GiB."""
     calibrate_all_experts: bool = False
     """Every expert sees every calibration token, instead of those that are routed to it."""
+    fallback: str = "L0"
+    """``Lk``: the k places whose rounding is loudest on the calibration data stay float."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
     def __post_init__(self) -> None:
+        level(self.fallback)
         if self.tp < 1:
             raise Refused(f"--tp {self.tp}: at least 1")
         if not 0 <= self.seed < 2**32:
@@ -123,7 +128,18 @@ def plan(model: Model | Program, passes: Passes, options: Options | None = None)
         calibrate_all_experts=options.calibrate_all_experts,
         run=Run(options.samples, options.length, _compute(program, options), tuple(map(str, options.calib))),
     )  # fmt: skip
-    return replace(planned, notes=(*origin(passes, given), *planned.notes))
+    unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
+    return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
+
+
+def served_otherwise(planned: Plan) -> tuple[str, ...]:
+    """What vllm-ascend would refuse of a plan whose recipe asks for the layout alone, with what it serves instead."""
+    if planned.problems or planned.target.name == TARGET:
+        return ()
+    return tuple(
+        f"vllm-ascend would not serve this: {one}"
+        for one in registry.get("targets", TARGET).problems(planned)
+    )
 
 
 def filled(passes: Passes, options: Options) -> Options:
@@ -176,9 +192,11 @@ def compile(
     planned = plan(model, passes, given).require()
     if isinstance(planned.program.source, ShapesOnly):
         planned.program.source.load(())
+    data = _data(planned, options)
+    if level(options.fallback):
+        planned = fallen_back(planned, data, options, report)
     estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
-    data = _data(planned, options)
     layout = planned.layout
     output.check(layout.nbytes)
     try:
@@ -187,6 +205,23 @@ def compile(
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error
     return Result(Path(out), planned, journal, data)
+
+
+def fallen_back(
+    planned: Plan, data: Calibration | None, options: Options, report: Callable[[Progress], None]
+) -> Plan:
+    """The plan with its most sensitive linears left float, found on the calibration data."""
+    passes = [step.what for step in planned.steps]
+    if not quantizers(passes):
+        raise Refused(f"--fallback {options.fallback}: no pass of this plan quantizes linears; leave it out")
+    assert data is not None, "asked for below"
+    with _own_random_state():
+        names = most_sensitive(
+            planned, data.tokens, level(options.fallback), _compute(planned.program, options), report
+        )
+    again = plan(planned.program, without(passes, names), replace(options, fallback="L0")).require()
+    told = f"fallback {options.fallback}: {', '.join(names)} stay float, where rounding is heard most"
+    return replace(again, notes=(*planned.notes, told))
 
 
 def _work(
@@ -229,7 +264,7 @@ def _compute(program: Program, options: Options) -> torch.dtype:
 
 def _data(planned: Plan, options: Options) -> Calibration | None:
     """Calibration tokens, where the plan needs them."""
-    if not planned.needs_data:
+    if not planned.needs_data and not level(options.fallback):
         return None
     tokenizer = options.tokenizer
     if tokenizer is None:

@@ -1,0 +1,89 @@
+"""Fallback: the linears whose rounding is heard most stay float (the reference tool's ``disable_level``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .contract import Fact, Pass
+from .errors import Refused
+from .plan import Plan, make_plan
+from .roles import read_together
+from .solve import Progress, Solver
+
+
+def level(text: str) -> int:
+    """The number in ``L5`` or ``5``; Refused for what is none."""
+    digits = text.removeprefix("L").removeprefix("l")
+    if not digits.isdecimal():
+        raise Refused(f"--fallback {text}: give a number of linears, such as L5")
+    return int(digits)
+
+
+def quantizers(passes: Iterable[Pass]) -> list[Pass]:
+    """The passes that make integers of linears and can be told to leave some."""
+    return [one for one in passes if Fact.QUANTIZED in one.provides and hasattr(one, "strategies")]
+
+
+def most_sensitive(
+    plan: Plan, ids: Tensor, count: int, compute: torch.dtype,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[str, ...]:  # fmt: skip
+    """The linears of the ``count`` places where rounding to nearest is loudest.
+
+    A sweep over the calibration data with every quantizer replaced by ``linear_quant`` of the same formats measures the
+    noise of each linear's output; those that a server runs as one (q, k, v) are one place. Experts are not among them:
+    those of a layer share a type.
+
+    Args:
+        plan: What is to be compiled.
+        ids: Calibration tokens [n, length].
+        count: How many places.
+        compute: The dtype of the sweep.
+        report: Told of the progress.
+    """
+    plain: Any = registry.get("passes", "linear_quant")
+    cheap: list[Pass] = []
+    for step in plan.steps:
+        if step.what in quantizers([step.what]):
+            own = {name: getattr(step.what, name) for name in ("strategies", "include", "exclude")}
+            cheap.append(plain(**own))
+        elif Fact.QUANTIZED not in step.what.provides:
+            cheap.append(step.what)
+    trial = make_plan(
+        plan.program, cheap, scheme=plan.scheme if plan.scheme.rules else None, target=plan.target, tp=plan.tp,
+        seed=plan.seed,
+    ).require()  # fmt: skip
+    journal = Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report).run()
+    noise: dict[str, float] = {}
+    for entry in journal.entries:
+        noise |= entry.get("sqnr_db", {})
+    return loudest(noise, read_together(plan.program), count)
+
+
+def loudest(
+    noise: Mapping[str, float], together: Mapping[str, tuple[str, ...]], count: int
+) -> tuple[str, ...]:
+    """The linears of the ``count`` groups of least signal to noise (dB, by linear); a group is run as one."""
+    groups: dict[tuple[str, ...], float] = {}
+    for name, value in noise.items():
+        if ".experts." in name:
+            continue
+        parent = name.rpartition(".")[0]
+        beside = (other for other in together.get(name, (name,)) if other in noise)
+        group = tuple(other for other in beside if other.rpartition(".")[0] == parent)
+        groups[group] = min(groups.get(group, value), value)
+    order = sorted(groups, key=lambda group: (groups[group], group))
+    return tuple(name for group in order[:count] for name in group)
+
+
+def without(passes: Iterable[Pass], names: tuple[str, ...]) -> list[Pass]:
+    """The passes, with every quantizer leaving some linears float."""
+    passes = list(passes)
+    able = quantizers(passes)
+    return [replace(one, exclude=(*one.exclude, *names)) if one in able else one for one in passes]
