@@ -73,7 +73,7 @@ spec:
 """What laos-v1.yaml does, in what is built of it."""
 SPELLED = (
     "iter_smooth{alpha=0.9, scale_min=1e-5, symmetric=false, enable_subgraph_type=ov+up-down},"
-    "quarot{online=true, block_size=16},iter_smooth{alpha=0.9, enable_subgraph_type=norm-linear},"
+    "quarot{online=true, block_size=16, max_tp_size=4},iter_smooth{alpha=0.9, enable_subgraph_type=norm-linear},"
     "autoround{iters=40, strategies=w8a8:*|!*.{up,gate}_proj|!*.o_proj|!model.layers.{0,1,2}.mlp.down_proj"
     "+w4a4:*.{up,gate}_proj|*.o_proj|model.layers.{0,1,2}.mlp.down_proj}"
 )

@@ -19,6 +19,7 @@ SAFE_FACTOR = 128
 
 
 def dtype_problems(sites: Sequence[LinearSite], model: ModelFacts) -> Iterator[Problem]:
+    """The server runs bfloat16, and float16 with a reservation."""
     if model.dtype not in (torch.bfloat16, torch.float16):
         yield Problem("dtype", "model", f"the server does not run {model.dtype}", "export in bfloat16")
     elif model.dtype is torch.float16 and any(s.scheme.act is not None for s in sites):
@@ -46,6 +47,7 @@ def norm_biases_problems(model: ModelFacts) -> Iterator[Problem]:
 
 
 def sizes_problems(site: LinearSite) -> Iterator[Problem]:
+    """Limits of the ops: longest sides, packs of int4, stretches of W4A8."""
     weight = site.scheme.weight
     if weight is None:
         return

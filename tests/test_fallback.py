@@ -1,0 +1,56 @@
+"""``--fallback L5``: the linears that are heard most stay float, found on the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qc.compiler.capture import capture
+from qc.compiler.compile import Options
+from qc.compiler.errors import Refused
+from qc.compiler.fallback import level
+from tests.homes import Home, compiled
+
+
+def test_levels() -> None:
+    assert [level(text) for text in ("L0", "L5", "7")] == [0, 5, 7]
+    for text in ("five", "L", "-1"):
+        with pytest.raises(Refused, match="such as L5"):
+            Options(fallback=text)
+
+
+@pytest.mark.broad
+def test_the_worst_linear_stays_float(home: Callable[[str], Home], tmp_path: Path) -> None:
+    place = home("llama")
+    (file,) = place.path.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.down_proj"
+    tensors[f"{name}.weight"][:, 0] *= 300  # one huge weight per row leaves four bits for nothing else,
+    tensors["model.layers.1.mlp.up_proj.weight"][0] /= 3000  # and what it is multiplied by is next to nothing
+    (tmp_path / "model").mkdir()
+    for other in place.path.iterdir():
+        (tmp_path / "model" / other.name).write_bytes(other.read_bytes())
+    save_file(tensors, tmp_path / "model" / file.name, metadata={"format": "pt"})
+    spoiled = Home(tmp_path / "model", capture(tmp_path / "model", certify=False), place.text)
+    result = compiled(
+        spoiled, tmp_path / "out", "linear_quant", scheme="w4a4", target="modelslim", fallback="L1"
+    )
+    quantized = {str(n.target) for n in result.plan.final.graph.nodes if "scheme" in n.meta}
+    assert name not in quantized
+    assert len(quantized) == 7 * len(spoiled.program.blocks) - 1
+    assert any(note.startswith(f"fallback L1: {name} stay float") for note in result.plan.notes)
+    assert load_file(next((tmp_path / "out").glob("*.safetensors")))[f"{name}.weight"].dtype == torch.bfloat16
+
+
+def test_a_plan_without_a_quantizer_has_nothing_to_fall_back_from(
+    home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match="no pass of this plan quantizes"):
+        compiled(
+            home("llama"), tmp_path / "out", "iter_smooth", scheme="float", target="modelslim", fallback="L2"
+        )
+    assert not (tmp_path / "out").exists()
