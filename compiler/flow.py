@@ -7,7 +7,7 @@ of heads is understood without being known.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
@@ -84,12 +84,13 @@ def copies(start: fx.Node, channels: torch.Tensor | None = None) -> Iterator[tup
 
 
 def follow(
-    program: Program, start: fx.Node, what: Map, *, copies_only: bool = False, until: fx.Node | None = None
-) -> Flow:
+    program: Program, start: fx.Node, what: Map, *, copies_only: bool = False, until: fx.Node | None = None,
+    also: Callable[[fx.Node], bool] = lambda node: False,
+) -> Flow:  # fmt: skip
     """Follow the channels of ``start`` forward to the linears that read them.
 
     ``copies_only`` stops at everything that is not a cast, copy or layout op; ``until`` stops at one node,
-    which is not counted as an obstacle.
+    which is not counted as an obstacle; ``also`` lets more ops through, of one value, channel by channel.
     """
     flow = Flow()
     labels: dict[fx.Node, Any] = {start: channel_labels(start)}
@@ -106,7 +107,7 @@ def follow(
         if leaf is not None and leaf.kind == "linear":
             _read(flow, user, labels[carried[0]])
             continue
-        reason = _stop(program, user, carried, labels, what, copies_only)
+        reason = None if also(user) else _stop(program, user, carried, labels, what, copies_only)
         if reason is not None:
             flow.obstacles.append(Obstacle(user, reason))
             continue

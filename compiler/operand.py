@@ -50,10 +50,14 @@ class Vector:
     groups: tuple[int, int] | None = None
     repeat: int = 1
     index: tuple[int, ...] | None = None
+    power: float = 1.0
+    """To which the values are taken: 0.5 before a square."""
 
     def value(self, values: Mapping[Slot, Tensor], dtype: torch.dtype) -> Tensor:
         """The vector, [channels of the site]."""
         vector = values[self.slot].to(dtype)
+        if self.power != 1:
+            vector = vector**self.power
         if self.groups is not None:
             heads = vector.view(self.groups)
             if self.index is not None:

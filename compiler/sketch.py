@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from .activations import degree, power_of
 from .flow import (
     Flow,
     Obstacle,
@@ -66,6 +67,8 @@ class ReadBy:
     node: fx.Node
     labels: tuple[int, ...]
     flow: Flow
+    degree: int = 1
+    """The power to which a scale of what it reads arrives."""
 
 
 def value_of(found: Any) -> fx.Node:
@@ -111,6 +114,32 @@ class Sketch:
                 yield bound, (flow.obstacles or [Obstacle(start, "no linear reads it")])[0]
 
         self.clauses.append(any_linear if reads is None else reader)
+        return symbol
+
+    def activated(self, reads: Symbol) -> Symbol:
+        """A linear that reads a value through ReLU or whole powers; ``degree`` is the power of a scale there."""
+        symbol = self._symbol()
+
+        def clause(program: Program, bound: Binding) -> Iterator[tuple[Binding, Obstacle | None]]:
+            start = value_of(bound[reads.index])
+            if ordered(bound[reads.index]) is None:
+                yield bound, Obstacle(start, "its channels differ from head to head")
+                return
+            flow = follow(program, start, SCALE, copies_only=True, also=lambda node: degree(node) is not None)
+            power = power_of(flow.crossed)
+            whole = list(range(shape(start)[-1]))
+            for found in flow.readers:
+                read = ReadBy(found.node, found.labels, flow, power or 1)
+                obstacle = None
+                if power is None:
+                    obstacle = Obstacle(found.node, "no ReLU stands in between")
+                elif sorted(found.labels) != whole:
+                    obstacle = Obstacle(found.node, "it does not read every channel exactly once")
+                yield {**bound, symbol.index: read}, obstacle
+            if not flow.readers:
+                yield bound, (flow.obstacles or [Obstacle(start, "no linear reads it")])[0]
+
+        self.clauses.append(clause)
         return symbol
 
     def whole_linear(self) -> Symbol:

@@ -21,6 +21,7 @@ from ..compiler.view import BlockView
 from ..patterns.linear_linear import linear_linear
 from ..patterns.norm_linear import norm_linear
 from ..patterns.ov import ov
+from ..patterns.relu_linear import relu_linear
 from ..patterns.up_down import up_down
 from .sites import block_linears, width_in
 
@@ -28,6 +29,7 @@ TYPES: Mapping[str, Pattern[Any]] = {
     "up-down": up_down,
     "ov": ov,
     "linear-linear": linear_linear,
+    "relu-linear": relu_linear,
     "norm-linear": norm_linear,
 }
 """The recipe's names of subgraph types, in the order in which they are applied within a block."""
@@ -49,6 +51,8 @@ class Place:
     """Key heads and channels per head, where each channel of the writer is read by several query heads."""
     repeat: int = 1
     """Query heads per key head."""
+    degree: int = 1
+    """The power to which a scale of the writer arrives at the readers."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Subgraph:
 class Smoothing(Pass, ABC):
     """A pass that divides the channels of a writer by a scale and multiplies the columns of its readers by it."""
 
-    patterns = (up_down, ov, linear_linear, norm_linear)
+    patterns = (up_down, ov, linear_linear, relu_linear, norm_linear)
     requires = frozenset()
     provides = frozenset({Fact.SMOOTHED})
     breaks = frozenset({Fact.NORMS_FUSED})
@@ -139,8 +143,8 @@ class Smoothing(Pass, ABC):
         if set(ONLINE_PASSES) & set(setting.before):
             return (norm_linear,)
         if "fuse_norms" in setting.after:
-            return (up_down, ov, linear_linear)
-        return (up_down, ov, linear_linear, norm_linear)
+            return (up_down, ov, linear_linear, relu_linear)
+        return (up_down, ov, linear_linear, relu_linear, norm_linear)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The writers: norms, v, up and first linears."""
@@ -157,7 +161,7 @@ class Smoothing(Pass, ABC):
             writer = place.writer.module
             if matches(writer, self.include) and not matches(writer, self.exclude):
                 rewrites.append(self._rewrite(program, place))
-        notes = [] if self.enabled is not None else [_why(setting, taken)]
+        notes = [] if self.enabled is not None else [_why(setting, taken, rewrites)]
         rewrites.sort(key=lambda rewrite: inside[rewrite.edits[-1].site.module])
         return Answer(tuple(rewrites), tuple(notes))
 
@@ -174,7 +178,7 @@ class Smoothing(Pass, ABC):
             shift = Slot(f"{writer.module}/{type_name}/shift", (channels,), needs)
             edits.append(Edit(Verb.SHIFT_OUT, writer, Vector(shift)))
             edits += [Edit(Verb.SHIFT_IN, reader, Vector(shift)) for reader in readers]
-        edits.append(Edit(Verb.SCALE_OUT, writer, Vector(slot, inverse=True)))
+        edits.append(Edit(Verb.SCALE_OUT, writer, Vector(slot, inverse=True, power=1 / place.degree)))
         spread = Vector(slot, groups=place.groups, repeat=place.repeat)
         edits += [Edit(Verb.SCALE_IN, reader, spread) for reader in readers]
         return Rewrite(self.name, type_name, writer.module, tuple(edits), EXACT)
@@ -207,6 +211,9 @@ def places(program: Program, taken: Iterable[Pattern[Any]]) -> Iterable[Place]:
     if linear_linear in taken:
         for match in linear_linear.find(program):
             yield Place(match.first, (match.second,), "linear-linear")
+    if relu_linear in taken:
+        for match in relu_linear.find(program):
+            yield Place(match.first, (match.second,), "relu-linear", degree=match.degree)
     if norm_linear in taken:
         for match in norm_linear.find(program):
             yield Place(match.norm, match.readers, "norm-linear")
@@ -217,8 +224,10 @@ def ordered(channels_last: Tensor, site: Site) -> Tensor:
     return channels_last if site.channels is None else channels_last[..., torch.tensor(site.channels)]
 
 
-def _why(setting: Setting, taken: tuple[Pattern[Any], ...]) -> str:
-    names = ", ".join(name for name, pattern in TYPES.items() if pattern in taken)
+def _why(setting: Setting, taken: tuple[Pattern[Any], ...], rewrites: Iterable[Rewrite]) -> str:
+    """Which types are taken here, and why; ReLU is named where the model has it."""
+    there = {"up-down", "ov", "linear-linear", "norm-linear"} | {rewrite.pattern for rewrite in rewrites}
+    names = ", ".join(name for name, pattern in TYPES.items() if pattern in taken and name in there)
     if set(ONLINE_PASSES) & set(setting.before):
         return f"{names}: after an online rotation only the norm's gain can still absorb a scale"
     if "fuse_norms" in setting.after:

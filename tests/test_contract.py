@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from qc.compiler.export import Output, check_written, exported_config, write_json
 from qc.compiler.safetensors_io import ShardWriter, TensorSpec
-from qc.compiler.scheme import FLOAT, W4A4, W8A8, W8A8_STATIC, W8A16, LinearScheme
+from qc.compiler.scheme import FLOAT, W4A4, W8A8, W8A8_MIX, W8A8_STATIC, W8A16, LinearScheme
 from qc.compiler.targets.served import LinearSite, ModelFacts, NormBias
 from qc.compiler.targets.vllm_ascend import VLLM_ASCEND
 from qc.compiler.weights import Checkpoint
@@ -148,6 +148,7 @@ CASES = {
     "int4 rotated": ("llama", DEEP, {"rotated": ONLINE}),
     "biases in float16": ("qwen2", DEEP | {"layers.0.": W8A16}, {"dtype": torch.float16}),
     "auto, untied": ("smollm2", MIXED, {"untie": True}),
+    "both phases": ("qwen3", {"": W8A8_MIX}, {}),
     "weights only, tied": ("smollm2", {"": W8A16}, {}),
     "float": ("mistral", {}, {}),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.mutant_rewrites import Mutant, killed_by, program_of
 from qc.compiler.capture import capture
 from qc.compiler.cli import main
 from qc.compiler.contract import Setting
@@ -24,6 +25,7 @@ from qc.passes.fuse_norms import FuseNorms
 from qc.patterns.linear_linear import linear_linear
 from qc.patterns.norm_linear import norm_linear
 from qc.patterns.ov import ov, ov_heads
+from qc.patterns.relu_linear import relu_linear
 from qc.patterns.residual import residual, residual_centred
 from qc.patterns.up_down import up_down
 from tests.families import batch
@@ -306,3 +308,29 @@ def test_why_prints_the_nearest_miss_and_the_matches(
     assert "fuse it into its readers first (fuse_norms)" in capsys.readouterr().out
     assert main(["why", "llama", "up_donw"]) == 2
     assert "did you mean up_down?" in capsys.readouterr().err
+
+
+# ReLU and its powers.
+
+
+@pytest.mark.parametrize(("family", "degree"), [("opt", 1), ("nemotron", 2), ("arcee", 2)])
+def test_a_scale_comes_out_of_a_relu_to_its_power(family: str, degree: int) -> None:
+    program = program_of(family)
+    found = relu_linear.find(program)
+    assert len(found) == len(program.blocks)
+    assert {match.degree for match in found} == {degree}
+    passes = "iter_smooth{enable_subgraph_type=relu-linear}"
+    assert not killed_by(None, family, passes)
+    if degree == 2:
+        wrong = Mutant("power lost", (family,), passes, {Verb.SCALE_OUT: without_power})
+        assert "claims to keep the function" in killed_by(wrong, family)
+
+
+def without_power(right: Any, leaf: Any, tensors: Any, edit: Edit, *rest: Any) -> None:
+    assert isinstance(edit.operand, Vector)
+    right(leaf, tensors, replace(edit, operand=replace(edit.operand, power=1.0)), *rest)
+
+
+def test_gates_and_other_activations_are_no_relu() -> None:
+    assert relu_linear.find(captured("llama")) == ()
+    assert relu_linear.find(captured("gpt2")) == ()

@@ -86,9 +86,12 @@ def test_globs_choose_exactly_what_they_are_for(chosen: set[tuple[int, str]]) ->
     assert {name for name in every if matches(name, found)} == set(names)
 
 
+QKV = ("a.q", "a.k", "a.v")
+TOGETHER: dict[str, tuple[str, ...]] = {"a.q": QKV, "a.k": QKV, "a.v": QKV}
+
+
 def test_the_loudest_are_groups_that_a_server_runs_as_one() -> None:
     noise = {"a.q": 30.0, "a.k": 10.0, "a.v": 40.0, "a.o": 20.0, "m.experts.0.up": 1.0, "b.o": 25.0}
-    together = dict.fromkeys(("a.q", "a.k", "a.v"), ("a.q", "a.k", "a.v"))
-    assert loudest(noise, together, 1) == ("a.q", "a.k", "a.v")
-    assert loudest(noise, together, 2) == ("a.q", "a.k", "a.v", "a.o")
-    assert loudest(noise, together, 9) == ("a.q", "a.k", "a.v", "a.o", "b.o")
+    assert loudest(noise, TOGETHER, 1) == QKV
+    assert loudest(noise, TOGETHER, 2) == (*QKV, "a.o")
+    assert loudest(noise, TOGETHER, 9) == (*QKV, "a.o", "b.o")
