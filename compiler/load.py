@@ -132,7 +132,7 @@ def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> di
         f"{name}.{leaf}"
         for name, module in model.named_modules()
         if isinstance(module, IntegerLinear)
-        for leaf in module.state_dict()
+        for leaf in module.tensors(bias=module.bias is not None)
     }
     result: dict[str, Tensor] = {}
     for name, wanted in model.state_dict().items():

@@ -203,10 +203,10 @@ def stored_factors(rotation: Kronecker) -> tuple[Tensor, Tensor]:
     """The factors [left, left] and [right, right] as they are stored: rounded to ``rotation.dtype``, float64."""
     make = random_orthogonal if rotation.random else random_hadamard
     order = rotation.block or rotation.left
-    left = torch.block_diag(*[make(order, rotation.seed)] * (rotation.left // order))
+    left = torch.block_diag(*[make(order, rotation.seed)] * (rotation.left // order)).contiguous()
     right = torch.eye(rotation.right, dtype=torch.float64)
     if rotation.layout != "heads":
-        right = make(rotation.right, rotation.seed + 1)
+        right = make(rotation.right, rotation.seed + 1).contiguous()
     return left.to(rotation.dtype).double(), right.to(rotation.dtype).double()
 
 

@@ -141,8 +141,8 @@ DAMAGE: dict[str, Damage] = {
     "by the description, but its weight is in no file": lambda t, d: t.pop(f"{DOWN}.weight"),
     "no entry for .*down_proj.weight": lambda t, d: d.pop(f"{DOWN}.weight"),
     "type 'W3A3'; this runs W8A8,": lambda t, d: d.update({f"{DOWN}.weight": "W3A3"}),
-    "1 tensors belong to no part .*heads_rotation": lambda t, d: t.update(
-        {f"{DOWN}.heads_rotation": torch.eye(4)}
+    "1 tensors belong to no part .*svd_lowrank_l1": lambda t, d: t.update(
+        {f"{DOWN}.svd_lowrank_l1": torch.eye(4)}
     ),
     "weight_scale is stored as torch.bfloat16; its type needs torch.float32": lambda t, d: t.update(
         {f"{DOWN}.weight_scale": t[f"{DOWN}.weight_scale"].bfloat16()}

@@ -76,7 +76,7 @@ def test_strategies_give_a_pass_formats_of_its_own() -> None:
 
 
 REFUSED = {
-    "iter_smoth,linear_quant": "unknown pass 'iter_smoth'; did you mean iter_smooth?",
+    "iter_smoth,linear_quant": "unknown pass 'iter_smoth'; did you mean iter_smooth or kv_smooth?",
     "quarto": "unknown pass 'quarto'; did you mean quarot?",
     "iter_smooth{alhpa=0.5}": "unknown option of iter_smooth 'alhpa'; did you mean alpha?",
     "quarot{onlin=true}": "unknown option of quarot 'onlin'; did you mean online?",
@@ -112,7 +112,7 @@ def test_a_misspelled_list_is_refused_with_what_was_meant(passes: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"scheme": "w4a5"}, "unknown scheme 'w4a5'; did you mean w4a4"),
+        ({"scheme": "w4a5"}, "unknown scheme 'w4a5'; did you mean w4a8 or w4a4"),
         ({"target": "vllm-ascent"}, "unknown target 'vllm-ascent'; did you mean vllm-ascend?"),
     ],
 )

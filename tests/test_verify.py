@@ -54,7 +54,11 @@ def weights(out: Path) -> Path:
 
 def sign(out: Path) -> None:
     """Let the manifest say that the files are as they are now."""
-    files = {f.relative_to(out).as_posix(): f for f in out.rglob("*") if f.name not in (MANIFEST, RUN)}
+    files = {
+        f.relative_to(out).as_posix(): f
+        for f in out.rglob("*")
+        if f.is_file() and f.name not in (MANIFEST, RUN)
+    }
     manifest = json.loads((out / MANIFEST).read_text())
     manifest["outputs"] = digests(files)
     (out / MANIFEST).write_text(json.dumps(manifest))
