@@ -35,6 +35,7 @@ class Recipe:
 
     passes: str
     scheme: str
+    """Empty where the passes have formats of their own."""
     bar: float | None = None
     target: str = "vllm-ascend"
     kl_of: tuple[str, float] | None = None
@@ -108,6 +109,18 @@ RECIPES |= {
 """Rows of everything that acts on activations: each with the row that it claims to improve on, in divergence."""
 
 
+LAOS_LAYERS = (1, 3, *range(9, 27))
+LAOS_INT4 = f"*.up_proj|*.gate_proj|*.o_proj|model.layers.{{{','.join(map(str, LAOS_LAYERS))}}}.mlp.down_proj"
+RECIPES["laos-v1"] = Recipe(
+    "iter_smooth{alpha=0.9,symmetric=false,enable_subgraph_type=ov+up-down},"
+    f"quarot{{online=true,block_size=32,max_tp_size=1,down_proj_online_layers={'+'.join(map(str, LAOS_LAYERS))}}},"
+    "iter_smooth{alpha=0.9,symmetric=false,enable_subgraph_type=norm-linear},"
+    f"autoround{{iters=50,strategies=w4a4-g64:{LAOS_INT4}+w8a8-g64}}",
+    "", target="modelslim",
+)  # fmt: skip
+"""The recipe laos-v1.yaml with groups of 64 for 256 and max_tp_size 1 for 4, to fit the model, and 50 steps for 400."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile, evaluate, print, record; 1 when a bar is missed on comparable texts."""
     barred = [name for name, recipe in RECIPES.items() if recipe.bar]
@@ -175,7 +188,8 @@ def _measure(name: str, model: Path, texts: Texts, folder: Path, windows: int) -
     out = folder / name.replace("/", "-")
     calibration = [argument for file in texts.calibration for argument in ("--calib", file)]
     run = run_qc(
-        *("compile", model, "--passes", recipe.passes, "--scheme", recipe.scheme, "--target", recipe.target),
+        *("compile", model, "--passes", recipe.passes, "--target", recipe.target),
+        *(("--scheme", recipe.scheme) if recipe.scheme else ()),
         *calibration,
         *("--samples", str(SAMPLES), "--length", str(LENGTH), "--out", out, "--force"),
         quiet=False,

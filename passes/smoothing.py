@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..compiler.contract import EXACT, Answer, Fact, Pass, Rewrite, Setting
+from ..compiler.contract import EXACT, Answer, BlockSize, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Quantize, Slot, Statistic, Vector
 from ..compiler.pattern import Pattern, Site
 from ..compiler.program import Program
 from ..compiler.scheme import matches
+from ..compiler.statistics import ROWS
 from ..compiler.view import BlockView
 from ..patterns.linear_linear import linear_linear
 from ..patterns.norm_linear import norm_linear
@@ -135,6 +136,17 @@ class Smoothing(Pass, ABC):
             )
         if getattr(self, "group_method", "max") not in GROUP_METHODS:
             raise ValueError(f"group_method={self.group_method}: it is max or mean")  # type: ignore[attr-defined]
+
+    def working_bytes(self, block: BlockSize) -> int:
+        """For a search: sampled rows of every reader, and of the widest place (two linears) what a trial makes of it.
+
+        A trial holds the weight, scaled, over its scale, as integers and on its grid, and two outputs of the rows.
+        """
+        if "rows" not in self.needs or not block.linears:
+            return 0
+        rows = 4 * ROWS * sum(one.width for one in block.linears)
+        widest = max(block.linears, key=lambda one: one.out * one.width)
+        return rows + 2 * (20 * widest.out * widest.width + 12 * ROWS * (widest.out + widest.width))
 
     def takes(self, setting: Setting) -> tuple[Pattern[Any], ...]:
         """The enabled types, or those that keep their effect at this place of the plan."""

@@ -59,8 +59,9 @@ def test_factors_stay_within_the_heads_of_a_rank(block: int, layout: str) -> Non
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "mixtral"])
-@pytest.mark.parametrize("scheme", ["w4a4", "w8a8"])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("llama", "w4a4"), ("qwen3", "w8a8"), ("phi3", "w4a4"), ("mixtral", "w8a8")]
+)
 def test_rotations_are_stored_beside_the_linears_and_run(
     family: str, scheme: str, home: Callable[[str], Home], tmp_path: Path
 ) -> None:
