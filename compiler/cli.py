@@ -79,10 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
             )  # fmt: skip
             command.add_argument("--force", action="store_true", help="replace OUT when it exists")
         else:
-            command.add_argument(
+            printed = command.add_mutually_exclusive_group()
+            printed.add_argument(
                 "--yaml", action="store_true", help="print the plan as a recipe file that --config reads"
             )
-            command.add_argument(
+            printed.add_argument(
                 "--json",
                 action="store_true",
                 help="print the plan as one JSON object, whatever "
