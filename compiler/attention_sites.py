@@ -10,6 +10,11 @@ from .flow import feeding
 from .laws import is_attention, shape
 from .program import Program
 
+NONE = (
+    "no attention of the model could be found: its code writes attention out (products and a softmax), or it has none,"
+    " and so there is no place for a grid"
+)
+
 
 @dataclass(frozen=True)
 class AttentionSite:

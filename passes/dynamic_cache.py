@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compiler.attention_sites import AttentionSite, attention_sites
+from ..compiler.attention_sites import NONE, AttentionSite, attention_sites
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Slot, Statistic, Stub
@@ -61,7 +61,7 @@ class DynamicCache(Pass):
             if matches(site.module, self.include or ("*",)) and not matches(site.module, self.exclude)
         ]
         if not chosen and not attention_sites(program):
-            return Answer((), problems=("the model has no attention whose keys and values could be cached",))
+            return Answer((), problems=(NONE,))
         return Answer(tuple(self._rewrite(site) for site in chosen))
 
     def _rewrite(self, site: AttentionSite) -> Rewrite:

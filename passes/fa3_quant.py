@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..compiler.attention_sites import AttentionSite, attention_sites
+from ..compiler.attention_sites import NONE, AttentionSite, attention_sites
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Slot, Statistic, Stub
@@ -79,7 +79,7 @@ class Fa3Quant(Pass):
         """One rewrite per attention."""
         sites = attention_sites(program)
         if not sites:
-            return Answer((), problems=("the model has no attention that reads q, k and v",))
+            return Answer((), problems=(NONE,))
         return Answer(
             tuple(
                 self._rewrite(site)

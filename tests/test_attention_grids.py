@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.mutant_rewrites import program_of
 from qc.compiler.attention_sites import attention_sites, common_parent
 from qc.compiler.capture_grids import dynamic_operands
 from qc.compiler.laws import is_attention
 from qc.compiler.load import load
+from qc.compiler.plan import make_plan
 from qc.compiler.rope_pairs import carrier
 from qc.compiler.targets.ascendv1 import merged
 from qc.compiler.verify import verify
@@ -181,6 +183,11 @@ def test_grids_that_no_server_reads_are_refused() -> None:
         assert any("int8 grid stands between" in problem for problem in found)
     found = planned("llama", "dynamic_cache,kv_smooth", scheme="float", target="modelslim").problems
     assert any("put it before dynamic_cache" in problem for problem in found)
+
+
+def test_an_attention_that_is_written_out_has_no_place_for_a_grid() -> None:
+    plan = make_plan(program_of("mpt"), "dynamic_cache,fa3_quant", scheme="float", target="modelslim")
+    assert len([problem for problem in plan.problems if "writes attention out" in problem]) == 2
 
 
 @pytest.mark.parametrize(("option", "value"), [("fa_q", "per_row"), ("recall_v", 0.0), ("recall_qk", 1.5)])
