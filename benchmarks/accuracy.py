@@ -80,7 +80,7 @@ RECIPES |= {
     ),
     "pd_mix": Recipe("iter_smooth,linear_quant", "w8a8-mix", kl_of=("static/iter_smooth", 1.0)),
     "kv8": Recipe("dynamic_cache", "float", target="modelslim"),
-    "kv8/kv_smooth": Recipe("kv_smooth,dynamic_cache", "float", target="modelslim", kl_of=("kv8", 1.0)),
+    "kv8/kv_smooth": Recipe("kv_smooth,dynamic_cache", "float", target="modelslim"),
     "fa3": Recipe("fa3_quant", "float", target="modelslim"),
     "fa3/kv_smooth": Recipe("kv_smooth,fa3_quant", "float", target="modelslim", kl_of=("fa3", 1.0)),
     "fa3/per_token": Recipe(
