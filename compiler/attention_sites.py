@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import fx
@@ -9,6 +10,7 @@ from torch import fx
 from .flow import feeding
 from .laws import is_attention, shape
 from .program import Program
+from .scheme import matches
 
 NONE = (
     "no attention of the model could be found: its code writes attention out (products and a softmax), or it has none,"
@@ -48,6 +50,41 @@ def attention_sites(program: Program) -> tuple[AttentionSite, ...]:
         for node in program.graph.nodes
         if is_attention(node) and node.meta.get("part") in blocks
     )
+
+
+def grid_sites(
+    program: Program, name: str, include: Iterable[str], exclude: Iterable[str], leaves: Iterable[str]
+) -> tuple[tuple[AttentionSite, ...], tuple[str, ...]]:
+    """The attentions in which a pass may place grids, and the problems.
+
+    Those that have a grid of that kind already are left to the pass that placed it.
+
+    Args:
+        program: The program.
+        name: The pass.
+        include: Globs of attention modules.
+        exclude: Globs of attention modules to leave alone.
+        leaves: Names below an attention at which the pass places grids.
+    """
+    sites = attention_sites(program)
+    if not sites:
+        return (), (NONE,)
+    modules = [site.module for site in sites]
+    double = sorted(
+        {m for m in modules if modules.count(m) > 1 and matches(m, include) and not matches(m, exclude)}
+    )
+    if double:
+        return (), (
+            f"{double[0]} holds more than one attention, and the layout has names for one: exclude it",
+        )
+    placed = {str(node.target).rpartition(".")[0] for node in program.graph.nodes if node.meta.get("stub")}
+    chosen = [site for site in sites if matches(site.module, include) and not matches(site.module, exclude)]
+    left = [site for site in chosen if not placed & {f"{site.module}.{leaf}" for leaf in leaves}]
+    if chosen and not left:
+        return (), (
+            f"{name} has nothing to do: a pass before it has placed a grid wherever it would: leave one out",
+        )
+    return tuple(left), ()
 
 
 def _site(program: Program, node: fx.Node) -> AttentionSite:

@@ -49,13 +49,13 @@ def install_grids(
             attention, _, leaf = module.rpartition(".")
             holder = _holder(_module(model, attention, where), leaf)
             for name in ("kv_cache_scale", "kv_cache_offset"):
-                holder.register_buffer(name, torch.empty(entries[disk].shape, device="meta"))
+                holder.register_buffer(name, torch.empty(_entry(entries, disk, where).shape, device="meta"))
             found.setdefault(attention, []).append((CACHED[leaf], _cached(holder)))
         elif kind == "FAQuant" and disk.endswith(".scale"):
             module, _, _ = name_of(disk).rpartition(".")
             attention, _, leaf = module.rpartition(".")
             holder = _holder(_module(model, attention, where), leaf)
-            holder.register_buffer("scale", torch.empty(entries[disk].shape, device="meta"))
+            holder.register_buffer("scale", torch.empty(_entry(entries, disk, where).shape, device="meta"))
             offset = torch.empty(entries[disk].shape, dtype=torch.int8, device="meta")
             holder.register_buffer("offset", offset)
             found.setdefault(attention, []).append((FA.index(leaf), _of_heads(holder)))
@@ -70,6 +70,12 @@ def install_grids(
         register()
         model.set_attn_implementation(NAME)
     return frozenset(found)
+
+
+def _entry(entries: Mapping[str, Entry], disk: str, where: str) -> Entry:
+    if disk not in entries:
+        raise Refused(f"{where}: {disk} is in the description and in no file")
+    return entries[disk]
 
 
 def dynamic_operands(kind: str) -> list[int]:
@@ -124,7 +130,12 @@ def check_grids_run(model: PreTrainedModel, attentions: frozenset[str], where: s
             return run
 
         setattr(module, NAME, tuple((operand, seen(grid)) for operand, grid in getattr(module, NAME)))
-    model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    try:
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    except RuntimeError as error:
+        raise Refused(
+            f"{where}: a grid of a cache or an attention does not fit the model: {error}"
+        ) from error
     missing = sorted(attentions - ran)
     if missing:
         raise Refused(

@@ -12,8 +12,8 @@ from torch import Tensor
 from . import registry
 from .contract import Fact, Pass
 from .errors import Refused
-from .plan import Plan, make_plan
-from .roles import read_together
+from .plan import Plan, all_have_formats, make_plan
+from .roles import read_together, roles_of
 from .solve import Progress, Solver
 
 
@@ -36,9 +36,9 @@ def most_sensitive(
 ) -> tuple[str, ...]:  # fmt: skip
     """The linears of the ``count`` places where rounding to nearest is loudest.
 
-    A sweep over the calibration data with every quantizer replaced by ``linear_quant`` of the same formats measures the
-    noise of each linear's output; those that a server runs as one (q, k, v) are one place. Experts are not among them:
-    those of a layer share a type.
+    A sweep with every quantizer replaced by ``linear_quant`` of the same formats measures the noise of each linear's
+    output on the first tokens of the calibration text (``proof.TOKENS`` of them); linears that a server runs as one
+    (q, k, v) are one place. Experts are not among them: those of a layer share a type.
 
     Args:
         plan: What is to be compiled.
@@ -56,13 +56,15 @@ def most_sensitive(
         elif Fact.QUANTIZED not in step.what.provides:
             cheap.append(step.what)
     trial = make_plan(
-        plan.program, cheap, scheme=plan.scheme if plan.scheme.rules else None, target=plan.target, tp=plan.tp,
+        plan.program, cheap, scheme=None if all_have_formats(cheap) else plan.scheme, target=plan.target, tp=plan.tp,
         seed=plan.seed,
     ).require()  # fmt: skip
     journal = Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report).run()
     noise: dict[str, float] = {}
     for entry in journal.entries:
         noise |= entry.get("sqnr_db", {})
+    for name in roles_of(plan.program)["expert"]:
+        noise.pop(name, None)
     return loudest(noise, read_together(plan.program), count)
 
 
@@ -72,8 +74,6 @@ def loudest(
     """The linears of the ``count`` groups of least signal to noise (dB, by linear); a group is run as one."""
     groups: dict[tuple[str, ...], float] = {}
     for name, value in noise.items():
-        if ".experts." in name:
-            continue
         parent = name.rpartition(".")[0]
         beside = (other for other in together.get(name, (name,)) if other in noise)
         group = tuple(other for other in beside if other.rpartition(".")[0] == parent)

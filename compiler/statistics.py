@@ -143,10 +143,14 @@ class Histogram(Observed):
         self.counts = torch.zeros(2 * BINS, dtype=torch.float64)
         self.exponent: int | None = None
         self.range = torch.tensor([torch.inf, -torch.inf])
+        self.finite = True
 
     def add(self, rows: Tensor) -> None:
         """Take rows in."""
         flat = rows.detach().flatten().float().cpu()
+        if not bool(torch.isfinite(flat).all()):
+            self.finite = False
+            return
         self.range = torch.stack(
             [torch.minimum(self.range[0], flat.amin()), torch.maximum(self.range[1], flat.amax())]
         )
@@ -158,6 +162,7 @@ class Histogram(Observed):
     def join(self, other: Observed) -> None:
         """Take in what another one saw."""
         assert isinstance(other, Histogram)
+        self.finite = self.finite and other.finite
         if other.exponent is None:
             return
         self._fit(2.0**other.exponent * BINS)
@@ -180,7 +185,12 @@ class Histogram(Observed):
 
     @property
     def value(self) -> Tensor:
-        """Counts and middles, from the first bin that is not empty to the last; the outer ones are the exact range."""
+        """Counts and middles, from the first bin that is not empty to the last; the outer ones are the exact range.
+
+        NaN where a value was not finite.
+        """
+        if not self.finite:
+            return torch.full((2, 1), torch.nan)
         assert self.exponent is not None
         filled = self.counts.nonzero().flatten()
         first, last = int(filled[0]), int(filled[-1])

@@ -18,7 +18,7 @@ from ..runtime.quantized import QuantizedLinear
 from .block_rounding import LEARNED_BITS, BlockRounding, Training
 from .linear_quant import swaps
 from .sites import block_linears
-from .strategies import own_scheme, setting_of
+from .strategies import check_methods, setting_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class AutoRound(Pass):
     def __post_init__(self) -> None:
         if self.iters < 0:
             raise ValueError(f"iters={self.iters}: it must not be negative")
-        own_scheme(self.strategies)
+        check_methods(self.strategies, self)
 
     @property
     def needs_training(self) -> bool:

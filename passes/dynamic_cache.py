@@ -8,15 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compiler.attention_sites import NONE, AttentionSite, attention_sites
+from ..compiler.attention_sites import AttentionSite, attention_sites, grid_sites
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Slot, Statistic, Stub
 from ..compiler.pattern import Site
 from ..compiler.program import Program
-from ..compiler.scheme import Int, matches
+from ..compiler.scheme import Int
 from ..compiler.view import BlockView
 from .act_range import act_scale
+
+NAMES = {1: "k_proj", 2: "v_proj"}
+"""Operand to the name below the attention under which the layout looks for its grid, whatever the model's own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,18 +58,12 @@ class DynamicCache(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per attention."""
-        chosen = [
-            site
-            for site in attention_sites(program)
-            if matches(site.module, self.include or ("*",)) and not matches(site.module, self.exclude)
-        ]
-        if not chosen and not attention_sites(program):
-            return Answer((), problems=(NONE,))
-        return Answer(tuple(self._rewrite(site) for site in chosen))
+        sites, problems = grid_sites(program, self.name, self.include, self.exclude, NAMES.values())
+        return Answer(tuple(self._rewrite(site) for site in sites), problems=problems)
 
     def _rewrite(self, site: AttentionSite) -> Rewrite:
         edits = []
-        for operand, name in ((1, "k_proj"), (2, "v_proj")):
+        for operand, name in NAMES.items():
             heads, width = site.sizes(operand)
             needs = (Statistic("range", f"{site.node}:{operand}"),)
             slot = Slot(f"{site.module}.{name}/cache", (2, heads * width), needs)

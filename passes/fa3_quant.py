@@ -9,13 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..compiler.attention_sites import NONE, AttentionSite, attention_sites
+from ..compiler.attention_sites import AttentionSite, attention_sites, grid_sites
 from ..compiler.contract import LOSSY, Answer, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
 from ..compiler.operand import Slot, Statistic, Stub
 from ..compiler.pattern import Site
 from ..compiler.program import Program
-from ..compiler.scheme import matches
 from ..compiler.view import BlockView
 from ..runtime.quantize import round_scale, scale_for
 
@@ -77,16 +76,8 @@ class Fa3Quant(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per attention."""
-        sites = attention_sites(program)
-        if not sites:
-            return Answer((), problems=(NONE,))
-        return Answer(
-            tuple(
-                self._rewrite(site)
-                for site in sites
-                if matches(site.module, self.include) and not matches(site.module, self.exclude)
-            )
-        )
+        sites, problems = grid_sites(program, self.name, self.include, self.exclude, NAMES)
+        return Answer(tuple(self._rewrite(site) for site in sites), problems=problems)
 
     def _rewrite(self, site: AttentionSite) -> Rewrite:
         edits = []

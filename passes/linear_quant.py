@@ -22,7 +22,7 @@ from .minmax import rounded_weight, scale_dtype
 from .scale_search import search_scale
 from .sites import block_linears, width_in, width_out
 from .ssz import ssz_scale
-from .strategies import own_scheme, setting_of
+from .strategies import check_methods, setting_of
 
 NEEDS = {"clip": "meansquare"}
 """Weight methods that ask for a statistic of the input."""
@@ -99,7 +99,7 @@ class LinearQuant(Pass):
         for option, known in (("weight_method", self.weight_methods), ("act_method", self.act_methods)):
             if getattr(self, option) not in known:
                 raise ValueError(f"{option}={getattr(self, option)}: it is one of {', '.join(known)}")
-        own_scheme(self.strategies)
+        check_methods(self.strategies, self)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""
@@ -115,6 +115,12 @@ class LinearQuant(Pass):
             Rewrite(self.name, "linear", name, (Edit(Verb.SWAP, Site(name), operand),), LOSSY)
             for name, operand in chosen.items()
         )
+        ranged = any(operand.scheme.ranged for operand in chosen.values())
+        if self.act_method != "minmax" and chosen and not ranged:
+            more = (
+                *more,
+                f"act_method={self.act_method}: no linear that it takes has a static activation: leave it out",
+            )
         return Answer(rewrites, (), (*problems, *more))
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Slot, QuantizedLinear]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..compiler import registry
-from ..compiler.contract import Setting
+from ..compiler.contract import Pass, Setting
 from ..compiler.errors import Refused
 from ..compiler.plan import unused_rules
 from ..compiler.program import Program
@@ -42,6 +42,25 @@ def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
             for rule in named(name).rules or (Rule(scheme=FLOAT),)
         ]
     return Scheme("strategies", tuple(rules))
+
+
+def check_methods(strategies: Iterable[str | Rule], one: Pass) -> None:
+    """Refuse methods that a pass does not compute, and ranges where nothing has a fixed one.
+
+    Raises:
+        Refused: A scheme or a method that nobody knows.
+        ValueError: A method that this pass, or this scheme, has no use for.
+    """
+    for rule in own_scheme(strategies).rules:
+        for method, known in ((rule.weight_method, one.weight_methods), (rule.act_method, one.act_methods)):
+            if method is not None and method not in known:
+                raise ValueError(
+                    f"strategies={rule}: {one.name} finds scales by {', '.join(known)}, not by {method}"
+                )
+        if rule.act_method == "histogram" and not rule.scheme.ranged:
+            raise ValueError(
+                f"strategies={rule}: {rule.scheme} has no fixed range that a histogram could find"
+            )
 
 
 def found_by(methods: Iterable[str]) -> dict[str, Any]:

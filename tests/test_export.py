@@ -201,6 +201,7 @@ def test_a_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
         try:
             with Output(tmp_path / "out") as output:
                 (output.path / "half").write_text("half")

@@ -13,6 +13,7 @@ from qc.compiler.capture import capture
 from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
 from qc.compiler.fallback import level
+from qc.compiler.roles import roles_of
 from tests.homes import Home, compiled
 
 
@@ -54,3 +55,14 @@ def test_a_plan_without_a_quantizer_has_nothing_to_fall_back_from(
             home("llama"), tmp_path / "out", "iter_smooth", scheme="float", target="modelslim", fallback="L2"
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.broad
+def test_experts_are_never_left_float_alone(home: Callable[[str], Home], tmp_path: Path) -> None:
+    result = compiled(
+        home("mixtral"), tmp_path / "out", "linear_quant", scheme="w8a8", target="vllm-ascend", fallback="L3"
+    )
+    (told,) = (note for note in result.plan.notes if note.startswith("fallback L3: "))
+    left = set(told.removeprefix("fallback L3: ").partition(" stay float")[0].split(", "))
+    assert left
+    assert not left & roles_of(result.plan.program)["expert"]

@@ -91,7 +91,7 @@ TOGETHER: dict[str, tuple[str, ...]] = {"a.q": QKV, "a.k": QKV, "a.v": QKV}
 
 
 def test_the_loudest_are_groups_that_a_server_runs_as_one() -> None:
-    noise = {"a.q": 30.0, "a.k": 10.0, "a.v": 40.0, "a.o": 20.0, "m.experts.0.up": 1.0, "b.o": 25.0}
+    noise = {"a.q": 30.0, "a.k": 10.0, "a.v": 40.0, "a.o": 20.0, "b.o": 25.0}
     assert loudest(noise, TOGETHER, 1) == QKV
     assert loudest(noise, TOGETHER, 2) == (*QKV, "a.o")
     assert loudest(noise, TOGETHER, 9) == (*QKV, "a.o", "b.o")

@@ -16,10 +16,12 @@ from qc.compiler.operand import Quantize, Slot, Statistic, Vector
 from qc.compiler.pattern import Site
 from qc.compiler.scheme import W4A16_G64, W8A8, LinearScheme, Rule
 from qc.compiler.view import BlockView
+from qc.passes.autoround import AutoRound
 from qc.passes.awq import Awq
 from qc.passes.flex_awq_ssz import FlexAwqSsz
 from qc.passes.flex_smooth_quant import FlexSmoothQuant
 from qc.passes.iter_smooth import IterSmooth
+from qc.passes.linear_quant import LinearQuant
 from qc.passes.quantizers import quantizer_of
 from qc.passes.scale_trial import GRID, Trial
 from qc.passes.smooth_formula import smooth_scale
@@ -163,3 +165,14 @@ def test_every_smoothing_is_proved(
     )
     assert result.journal.proofs > 0
     assert result.journal.worst < 1e-12
+
+
+def test_methods_that_a_quantizer_has_no_use_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="autoround finds scales by autoround, not by ssz"):
+        AutoRound(strategies=("w4a16@ssz",))
+    with pytest.raises(ValueError, match="linear_quant finds scales by minmax, ssz, clip, not by gptq"):
+        LinearQuant(strategies=(Rule(scheme=W8A8, weight_method="gptq"),))
+    with pytest.raises(ValueError, match="W8A8 has no fixed range"):
+        LinearQuant(strategies=("w8a8@histogram",))
+    found = planned("llama", "linear_quant{act_method=histogram}", scheme="w8a8", target="modelslim").problems
+    assert any("act_method=histogram: it takes no linear with a static activation" in one for one in found)

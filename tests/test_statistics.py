@@ -7,6 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qc.compiler.errors import Failed
+from qc.compiler.observe import Observers
+from qc.compiler.operand import Statistic
 from qc.compiler.scheme import W4A16, Int, LinearScheme
 from qc.compiler.statistics import BINS, KINDS, ROWS, Histogram, Sample
 from qc.passes.act_range import act_scale, clipped_range, input_range
@@ -88,6 +91,18 @@ def test_joined_histograms_are_the_histogram_of_both() -> None:
     both.add(b)
     left.join(right)
     assert torch.equal(left.value, both.value)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_told_with_its_linear(kind: str, bad: float) -> None:
+    observers = Observers([Statistic(kind, "layer.down")])
+    x = randn(5, 4)
+    x[2, 1] = bad
+    observers("layer.down", x, torch.eye(4), None)
+    observers("layer.down", randn(5, 4), torch.eye(4), None)
+    with pytest.raises(Failed, match=r"layer\.down: its input is not finite"):
+        observers.results()
 
 
 def error(x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, bits: int = 8) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -125,10 +124,8 @@ def _metadata(sites: Sequence[LinearSite]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"max_tp_size": max(s.online.block for s in turned if s.online)}
     for kind in ROTATIONS:
-        names = [site.name for site in turned if site.online is not None and site.online.layout == kind]
-        found[f"{kind}_rotation"] = {
-            "layers": [int(n) for name in names for n in re.findall(r"\.(\d+)\.", name)[:1]]
-        }
+        layers = [site.block for site in turned if site.online is not None and site.online.layout == kind]
+        found[f"{kind}_rotation"] = {"layers": layers}
     return {"quarot": found}
 
 

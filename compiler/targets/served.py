@@ -37,6 +37,8 @@ class LinearSite:
     """Sizes (a, b) of the factors of that rotation; ``in_features`` is a number of blocks of a * b."""
     rotation: Kronecker | None = None
     """The rotation itself, where more than its sizes is known."""
+    block: int = 0
+    """The block that it is in, counted from 0."""
     online: Kronecker | None = None
     """A rotation of its input that is stored as the reference tool does, beside the linear."""
     reads_with: tuple[str, ...] = ()
@@ -122,7 +124,7 @@ class ModelFacts:
 def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
     """The linears of the blocks, in the order of the graph."""
     program, roles, together = plan.final, roles_of(plan.program), read_together(plan.program)
-    blocks = {part.index for part in program.blocks}
+    blocks = {part.index: number for number, part in enumerate(program.blocks)}
     sites: list[LinearSite] = []
     for node in program.graph.nodes:
         leaf, name = program.leaf(node), str(node.target)
@@ -143,6 +145,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 rotated=rotation is not None,
                 split=(rotation.left, rotation.right) if rotation else None,
                 rotation=rotation,
+                block=blocks[node.meta["part"]],
                 online=turned if rotation is None else None,
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
