@@ -25,7 +25,7 @@ from .operand import (
     Slot,
     Stub,
     Vector,
-    stored_factors,
+    factors_of,
 )
 from .pattern import Site
 from .program import Leaf, Program
@@ -66,6 +66,8 @@ class Edit:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The unknowns in it."""
+        if isinstance(self.operand, Kronecker):
+            return self.operand.slots
         return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize, Stub)) else ()
 
 
@@ -198,11 +200,13 @@ def _set_unit(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get
 
 def _wrap(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
     assert isinstance(edit.operand, Kronecker)
-    left, right = stored_factors(edit.operand)
+    left, right = factors_of(edit.operand, values)
     weight = tensors["weight"]
     pieces = weight.reshape(-1, left.shape[0] * right.shape[0])
     tensors["weight"] = fold(pieces, left, right).to(dtype).reshape(weight.shape)
     tensors["left_trans"], tensors["right_trans"] = left.to(dtype), right.to(dtype)
+    for clip in edit.operand.slots[2:]:
+        tensors["clip_ratio"] = values[clip].to(dtype)
 
 
 def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from ..runtime.attention_grid import GRIDS
 from ..runtime.kronecker import rotate
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Kronecker, Quantize, Stub, stored_factors
+from .operand import Kronecker, Quantize, Stub
 from .program import Program
 
 
@@ -81,15 +81,14 @@ def _insert_rotation(program: Program, node: fx.Node, rotation: Kronecker) -> No
     """``linear(x)`` becomes ``linear(rotate(x, left, right))``."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    left_value, right_value = stored_factors(rotation)
     with program.graph.inserting_before(node):
         left = program.graph.create_node("get_attr", f"{node.target}.left_trans")
         right = program.graph.create_node("get_attr", f"{node.target}.right_trans")
         rotated = program.graph.call_function(rotate, (source, left, right))
     node.replace_input_with(source, rotated)
     part, value = node.meta["part"], source.meta["val"]
-    left.meta = {"part": part, "val": value.new_empty(left_value.shape)}
-    right.meta = {"part": part, "val": value.new_empty(right_value.shape)}
+    left.meta = {"part": part, "val": value.new_empty((rotation.left, rotation.left))}
+    right.meta = {"part": part, "val": value.new_empty((rotation.right, rotation.right))}
     rotated.meta = {"part": part, "val": value, "note": f"online {rotation}"}
     node.meta["rotated"] = rotation
 

@@ -176,8 +176,8 @@ def signs_of(order: int, seed: int) -> Tensor:
 class Kronecker:
     """An online rotation: x[a, b] -> leftᵀ x right, on ``copies`` equal stretches of the channels.
 
-    Both factors are described, drawn in float64 and rounded to ``dtype``, the dtype in which they are stored
-    and multiplied at run time; the weight side uses the rounded factors.
+    Both factors are described and drawn in float64, or slots that a pass solves; they are rounded to ``dtype``, the
+    dtype in which they are stored and multiplied at run time, and the weight side uses the rounded factors.
     """
 
     left: int
@@ -192,9 +192,12 @@ class Kronecker:
     so the right factor is one."""
     block: int = 0
     """Order of the equal diagonal blocks of the left factor; 0 for one block."""
+    slots: tuple[Slot, ...] = ()
+    """Left [left, left], right [right, right] and clip ratio [1] where they are learned: invertible, not orthogonal."""
 
     def __str__(self) -> str:
-        kind = ("random " if self.random else "") + ("" if self.layout == "flatquant" else f"{self.layout} ")
+        kind = "random " if self.random else "learned " if self.slots else ""
+        kind += "" if self.layout == "flatquant" else f"{self.layout} "
         return f"{kind}{self.left}x{self.right}" + (f" x{self.copies}" if self.copies > 1 else "")
 
 
@@ -208,6 +211,14 @@ def stored_factors(rotation: Kronecker) -> tuple[Tensor, Tensor]:
     if rotation.layout != "heads":
         right = make(rotation.right, rotation.seed + 1).contiguous()
     return left.to(rotation.dtype).double(), right.to(rotation.dtype).double()
+
+
+def factors_of(rotation: Kronecker, values: Mapping[Slot, Tensor]) -> tuple[Tensor, Tensor]:
+    """The factors as they are stored, whether drawn or learned: rounded to ``rotation.dtype``, float64."""
+    if not rotation.slots:
+        return stored_factors(rotation)
+    left, right = (values[slot].to(rotation.dtype).double() for slot in rotation.slots[:2])
+    return left, right
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,20 @@ def routers(program: Program) -> frozenset[str]:
 
 
 def read_together(program: Program) -> Mapping[str, tuple[str, ...]]:
-    """For each linear, the linears that read the same value, itself included, in graph order."""
+    """For each linear, the linears that read the same value, itself included, in graph order.
+
+    Behind an online rotation too, where it is the same one.
+    """
     if "together" in program.memory:
         return program.memory["together"]
     readers: dict[object, list[str]] = {}
     for node in program.graph.nodes:
         leaf = program.leaf(node)
         if leaf is not None and leaf.kind == "linear":
-            readers.setdefault(node.args[0], []).append(str(node.target))
+            value = node.args[0]
+            if "rotated" in node.meta:
+                assert isinstance(value, fx.Node)
+                value = (value.args[0], node.meta["rotated"])
+            readers.setdefault(value, []).append(str(node.target))
     program.memory["together"] = {name: tuple(group) for group in readers.values() for name in group}
     return program.memory["together"]

@@ -37,6 +37,8 @@ GLOBAL = (
 """Keys of a description that are no tensors."""
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
+CONDITION = 1e4
+"""Largest condition number of a factor that a weight can have been folded by."""
 SHOWN = 20
 """Findings that are printed of one check."""
 
@@ -92,7 +94,7 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
             tuple(wrong),
         )
     )
-    count, wrong = _values(path, modules, description)
+    count, wrong = _values(path, modules, description, _learned(path))
     checks.append(Check("values", f"{count} numbers are finite and in range", tuple(wrong)))
     return (*checks, _certificates(path, manifest, modules))
 
@@ -203,9 +205,12 @@ def _modules(
 
 
 def _values(
-    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any]
+    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any], learned: frozenset[str]
 ) -> tuple[int, list[str]]:
-    """Read every tensor once, and look whether its numbers can be what they stand for."""
+    """Read every tensor once, and look whether its numbers can be what they stand for.
+
+    Online transforms are orthogonal, but for those of the modules ``learned``.
+    """
     count, wrong = 0, list[str]()
     halves: dict[str, dict[str, Tensor]] = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -216,6 +221,7 @@ def _values(
                 reason = _positive(tensor) if leaf.endswith("scale") else _finite(tensor)
             else:
                 ask = VALUES.get(leaf) if prefix in modules else None
+                ask = _invertible if ask is _rotation and prefix in learned else ask
                 reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
             if reason:
                 wrong.append(f"{name}: {reason}")
@@ -225,6 +231,16 @@ def _values(
                 if {"weight", "weight_scale", "scale_bias"} <= held.keys():
                     wrong += _sums(prefix, **halves.pop(prefix))
     return count, wrong
+
+
+def _learned(path: Path) -> frozenset[str]:
+    """The linears before which the journal tells of a learned transform."""
+    try:
+        lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
+        edits = [edit.split() for line in lines for edit in json.loads(line).get("edits", ())]
+    except (OSError, ValueError, AttributeError):
+        return frozenset()  # told of by the check of the certificates
+    return frozenset(words[1] for words in edits if words[:1] == ["wrap"] and "learned" in words)
 
 
 def _sums(prefix: str, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor, **rest: Tensor) -> list[str]:
@@ -275,6 +291,15 @@ def _rotation(tensor: Tensor, module: IntegerLinear) -> str:
     wide = tensor.double()
     error = float((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max())
     return "" if error <= ORTHOGONAL else f"not orthogonal: off by {error:.2g}, more than rounding does"
+
+
+def _invertible(tensor: Tensor, module: IntegerLinear) -> str:
+    if reason := _finite(tensor):
+        return reason
+    condition = float(torch.linalg.cond(tensor.double()))
+    return (
+        "" if condition <= CONDITION else f"can hardly be inverted: its condition number is {condition:.2g}"
+    )
 
 
 def _ratio(tensor: Tensor, module: IntegerLinear) -> str:

@@ -25,8 +25,14 @@ def rounded_weight(
         weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
         left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
-        online=view.online.get(name),
+        online=view.online.get(name), clip=clip_ratio(view, name),
     )  # fmt: skip
+
+
+def clip_ratio(view: BlockView, name: str) -> float:
+    """The clip ratio that was learned with the rotation before a linear; 1 where none was."""
+    learned = view.tensors.get(f"{name}.clip_ratio")
+    return 1.0 if learned is None else float(learned)
 
 
 def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype:

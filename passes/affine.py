@@ -1,0 +1,132 @@
+"""A learned transform before linears that read one value: a diagonal, a Kronecker pair, clip ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..compiler.scheme import Int, LinearScheme
+from ..runtime.kronecker import rotate
+from ..runtime.quantize import qmax
+
+KEPT = 4.0
+"""The logit of a clip ratio at the start: 0.982 (FlatQuant, arXiv 2410.09426, appendix)."""
+
+
+@dataclass
+class Affine:
+    """``x -> (x / d) (L ⊗ R)``, the same for all readers of a value, and the clip ratios of what comes of it.
+
+    ``left`` [a, a], ``right`` [b, b] and ``log_diagonal`` [channels] (None: no diagonal) are trained, and logits of the
+    clip ratio of the activation [1] and of each weight row or group. ``spread`` lays the diagonal out over the
+    channels of the readers.
+    """
+
+    left: Tensor
+    right: Tensor
+    dtype: torch.dtype
+    """In which the server holds the factors; they are rounded to it with a straight-through gradient."""
+    readers: Mapping[str, LinearScheme]
+    log_diagonal: Tensor | None = None
+    spread: Callable[[Tensor], Tensor] = lambda diagonal: diagonal
+    clip: Tensor = field(default_factory=lambda: torch.full((1,), KEPT))
+    weight_clip: dict[str, Tensor] = field(default_factory=dict)
+
+    def parameters(self) -> list[Tensor]:
+        """What moves at the plain rate."""
+        return [self.left, self.right, *([] if self.log_diagonal is None else [self.log_diagonal])]
+
+    def logits(self) -> list[Tensor]:
+        """Clip ratios before their sigmoid, which move faster."""
+        return [self.clip, *self.weight_clip.values()]
+
+    def diagonal(self) -> Tensor | None:
+        """d [channels of the writer]."""
+        return None if self.log_diagonal is None else self.log_diagonal.exp()
+
+    def act(self, x: Tensor, scheme: LinearScheme) -> Tensor:
+        """x [..., in] transformed, on the grid of every token (of every rank's channels), differentiable."""
+        assert scheme.act is not None
+        diagonal = self.diagonal()
+        if diagonal is not None:
+            x = x / self.spread(diagonal).to(x.dtype)
+        turned = rotate(x, self._stored(self.left), self._stored(self.right))
+        blocks = x.shape[-1] // (len(self.left) * len(self.right))
+        rows = turned.unflatten(-1, (blocks, -1))
+        return on_grid(rows, scheme.act.bits, torch.sigmoid(self.clip).to(x.dtype)).flatten(-2)
+
+    def weight(self, name: str, weight: Tensor, scheme: LinearScheme) -> Tensor:
+        """W [out, in], what undoes the transform taken in, on the grid of every row or group, differentiable."""
+        diagonal, bits = self.diagonal(), scheme.weight
+        assert bits is not None
+        if diagonal is not None:
+            weight = weight * self.spread(diagonal)
+        inverses = [torch.linalg.inv(self._stored(factor)).T for factor in (self.left, self.right)]
+        rows = grouped(rotate(weight, *inverses), bits)
+        return on_grid(rows, bits.bits, torch.sigmoid(self.weight_clip[name])).reshape(weight.shape)
+
+    def _stored(self, factor: Tensor) -> Tensor:
+        return factor + (factor.to(self.dtype).to(factor.dtype) - factor).detach()
+
+
+def grouped(weight: Tensor, bits: Int) -> Tensor:
+    """[out, in] as [out, groups, in / groups]."""
+    return weight.unflatten(-1, (-1, bits.group or weight.shape[-1]))
+
+
+def on_grid(x: Tensor, bits: int, clip: Tensor) -> Tensor:
+    """x on the symmetric grid of ``clip · max|x|`` along its last axis; rounding lets gradients through."""
+    high = qmax(bits)
+    scale = (x.abs().amax(-1, keepdim=True) * clip / high).clamp(min=torch.finfo(torch.float32).eps)
+    levels = x / scale
+    integers = (levels + (levels.round() - levels).detach()).clamp(-high - 1, high)
+    return integers * scale
+
+
+def train(
+    affines: list[Affine], loss: Callable[[int], Tensor], training: list[int], held_out: list[int], *,
+    iters: int, rate: float, generator: torch.Generator, report: Callable[[str], None],
+) -> tuple[float, float]:  # fmt: skip
+    """Train in place by AdamW, and keep the state of least loss on the held-out microbatches, the start included.
+
+    ``rate`` falls to zero along a cosine; clip ratios move ten times as fast. Returns the held-out loss before and
+    after. Source: FlatQuant (arXiv 2410.09426), section 3.1.
+    """
+    moved = [[p for one in affines for p in one.parameters()], [p for one in affines for p in one.logits()]]
+    tensors = [*moved[0], *moved[1]]
+    for tensor in tensors:
+        tensor.requires_grad_()
+    optimizer = torch.optim.AdamW(
+        [{"params": moved[0], "lr": rate}, {"params": moved[1], "lr": 10 * rate}], weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(iters, 1))
+
+    @torch.no_grad()
+    def judged() -> float:
+        return sum(float(loss(index)) for index in held_out) / len(held_out)
+
+    start = best = judged()
+    kept = [tensor.detach().clone() for tensor in tensors]
+    every, order = max(1, iters // JUDGED), list[int]()
+    for step in range(iters):
+        if not order:
+            order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
+        optimizer.zero_grad()
+        loss(order.pop()).backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % every == 0 or step + 1 == iters:
+            now = judged()
+            report(f"{step + 1}/{iters} loss {now:.4g}, start {start:.4g}")
+            if now < best:
+                best, kept = now, [tensor.detach().clone() for tensor in tensors]
+    for tensor, state in zip(tensors, kept, strict=True):
+        tensor.requires_grad_(False).copy_(state)
+    return start, best
+
+
+JUDGED = 5
+"""How often the held-out loss is looked at."""
