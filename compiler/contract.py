@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .edit import Edit
-from .operand import Hadamard, Slot
+from .operand import Hadamard, Slot, Statistic
 from .pattern import Pattern
 from .program import Program
 from .scheme import Rule
@@ -180,6 +180,18 @@ class Pass(ABC):
         """Fill the slots of one rewrite; called when the block's weights and statistics are there."""
         if rewrite.slots:
             raise TypeError(f"pass {self.name} has unknowns but no solve")
+        return {}
+
+    def surveys(self, rewrite: Rewrite) -> tuple[Statistic, ...]:
+        """What ``survey`` wants to see of the float model, in a run of its own before anything is solved."""
+        return ()
+
+    def survey(self, rewrite: Rewrite, view: BlockView) -> None:
+        """Look at one part of the float model, as it is before all passes; called part by part."""
+        raise TypeError(f"pass {self.name} asks for a survey and does not look at it")
+
+    def learn(self, rewrite: Rewrite) -> Mapping[str, float]:
+        """Conclude from all parts, and say what came of it: numbers by name, for the journal."""
         return {}
 
     def working_bytes(self, block: BlockSize) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .contract import LOSSY
 from .memory import peak_of
 from .plan import Plan
 from .scheme import FLOAT, LinearScheme
@@ -61,6 +60,12 @@ def size(count: int) -> str:
     return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**10:.0f} KiB"
 
 
+def sweeps_of(plan: Plan) -> int:
+    """How often the weights are read: to solve and write, and before that where a pass looks at the whole model."""
+    rewrites = [(step.what, rewrite) for step in plan.steps for rewrite in step.answer.rewrites]
+    return (1 if rewrites else 0) + any(what.surveys(rewrite) for what, rewrite in rewrites)
+
+
 def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
     """Add up the planned tensors.
 
@@ -95,7 +100,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         bits_per_weight=bits / max(weights, 1),
         disk_bytes=disk,
         device_bytes=max(disk - packed, 0),
-        sweeps=1 if any(r.claim is LOSSY or r.edits for s in plan.steps for r in s.answer.rewrites) else 0,
+        sweeps=sweeps_of(plan),
         peak_bytes=peak_of(plan, plan.run) if peak and plan.run is not None else None,
         tp_sizes=plan.target.tp_sizes_of(plan),
         schemes=tuple(schemes.items()),

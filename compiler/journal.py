@@ -31,6 +31,12 @@ class Journal:
             "math": _short(certificate.math), "stored": _short(certificate.stored), "rows": certificate.rows,
         })  # fmt: skip
 
+    def learned(self, name: str, where: str, measures: Mapping[str, float]) -> None:
+        """What a pass concluded from the whole float model, before anything was solved."""
+        self.entries.append(
+            {"survey": name, "where": where, "measures": {k: float(f"{v:.3g}") for k, v in measures.items()}}
+        )
+
     def changed(
         self, part: str, rewrite: Rewrite, edits: Sequence[object], measures: Mapping[str, float]
     ) -> None:

@@ -38,6 +38,7 @@ from .program import Part
 from .resident import peak, resident
 from .rows import is_rowwise
 from .solve import MICROBATCH
+from .statistics import ROWS
 
 KERNELS = 35 * 2**20
 """What the first run of linears, proofs and writing costs a process once."""
@@ -81,7 +82,7 @@ class Run:
 def peak_of(plan: Plan, run: Run, process: int | None = None) -> int:
     """Estimated peak resident memory in bytes; ``process`` is what is resident now (measured by default)."""
     sizes = _Sizes(plan, run)
-    held = max(sizes.part(part) for part in plan.program.parts)
+    held = sizes.survey() + max(sizes.part(part) for part in plan.program.parts)
     now = resident() if process is None else process
     estimate = now + KERNELS + int(UNUSED * held) + (_text(plan, run) if plan.needs_data else 0)
     return estimate if process is not None else max(estimate, peak())
@@ -158,6 +159,17 @@ class _Sizes:
         if not self.plan.needs_data:
             return 0
         return self.stream() * (1 + any(step.what.propagates_quantized for step in self.plan.steps))
+
+    def survey(self) -> int:
+        """Rows that passes keep of the whole model before anything is solved, with the copies that they turn."""
+        rows = 0
+        for step in self.plan.steps:
+            for rewrite in step.answer.rewrites:
+                for need in step.what.surveys(rewrite):
+                    size = int(need.kind.partition(":")[2] or ROWS)
+                    leaf = self.program.leaves[need.module]
+                    rows += min(size, self.tokens) * leaf.parameters["weight"][0 if leaf.transposed else 1]
+        return 3 * FLOAT32 * rows
 
     def part(self, part: Part) -> int:
         """Bytes on top of the process while a part is solved, at most."""

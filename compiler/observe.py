@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .errors import Failed
 from .operand import Statistic
-from .statistics import KINDS, Observed
+from .statistics import KINDS, Observed, observed
 from .view import LinearHook
 
 
@@ -41,7 +41,7 @@ class Observers:
         self.wanted: dict[str, list[Statistic]] = {}
         """By linear, or by ``attention:operand``."""
         for statistic in dict.fromkeys(wanted):
-            if statistic.kind not in KINDS:
+            if observed(statistic.kind) is None:
                 raise Failed(f"unknown statistic {statistic.kind!r}; there are {', '.join(KINDS)}")
             self.wanted.setdefault(statistic.module, []).append(statistic)
         self.seen: dict[Statistic, Observed] = {}
@@ -60,7 +60,9 @@ class Observers:
                 self._take(statistic, x.transpose(1, 2).flatten(2))
 
     def _take(self, statistic: Statistic, x: Tensor) -> None:
-        self.seen.setdefault(statistic, KINDS[statistic.kind]()).add(x.reshape(-1, x.shape[-1]))
+        if statistic not in self.seen:
+            self.seen[statistic] = made(statistic)
+        self.seen[statistic].add(x.reshape(-1, x.shape[-1]))
 
     def results(self) -> dict[Statistic, Tensor]:
         """All statistics; Failed where one is missing or not finite.
@@ -90,7 +92,14 @@ class Observers:
                 f"{statistic.module} saw no calibration data: "
                 + ("no token was sent to it. Give more --samples" if others else "it was never run")
             )
-        joined = KINDS[statistic.kind]()
+        joined = made(statistic)
         for one in seen:
             joined.join(one)
         return joined
+
+
+def made(statistic: Statistic) -> Observed:
+    """An empty one of a known kind."""
+    found = observed(statistic.kind)
+    assert found is not None, "checked"
+    return found

@@ -23,7 +23,7 @@ class Statistic:
 
     kind: str
     """A name of ``compiler.statistics.KINDS``: ``absmax``, ``range``, ``absmean``, ``meansquare``, ``rows``,
-    ``histogram``."""
+    ``histogram``; ``rows:N`` for so many."""
     module: str
 
 

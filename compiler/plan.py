@@ -68,6 +68,7 @@ class Plan:
         return any(
             step.what.needs_training
             or any(slot.needs for rewrite in step.answer.rewrites for slot in rewrite.slots)
+            or any(step.what.surveys(rewrite) for rewrite in step.answer.rewrites)
             for step in self.steps
         )
 

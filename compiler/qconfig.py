@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from . import registry
 from .scheme import FLOAT, Granularity, Int, LinearScheme, Rule
@@ -20,6 +21,10 @@ KNOWN_METHODS = (
 SCALE_DTYPES = ("bfloat16", "float16", "float32")
 SCALES = "scale_dtype of the recipe: scales have the dtype in which the server holds them, whatever it says"
 FIELDS = ("dtype", "scope", "symmetric", "method", "ext")
+EXT = {"gptq": ("percdamp", "block_size"), "ssz": ("step",)}
+"""Keys of ``ext`` besides those of every method."""
+GPTQ_GROUP = 128
+"""The group size of ``gptq`` where a recipe gives none."""
 
 
 PER: dict[tuple[str, str, bool], Granularity] = {
@@ -53,6 +58,8 @@ class Reading:
         self.count = 0
         """Calls of ``fault``: whoever compares it before and after knows whether something was wrong in between."""
         self.notes: list[str] = []
+        self.adapted: dict[str, Any] | None = None
+        """Options of the first stage of ``adapt_rotation``, once it was met."""
 
     def fault(self, line: int, why: str) -> None:
         """Keep what is wrong, once (an alias is read as often as it is used)."""
@@ -194,19 +201,24 @@ def format_of(entry: Entry, side: str, reading: Reading, methods: Methods) -> tu
     if side == "act" and method == "histogram" and per == "token":
         why = "method histogram belongs to per_tensor and pd_mix: a range per token is found while the model runs"
         reading.fault(found["method"].line, why)
-    group = _ext(found["ext"], side, per, reading) if "ext" in found else None
+    group = _ext(found["ext"], side, per, method, reading) if "ext" in found else None
+    if per == "group" and group is None and method == "gptq":
+        group = GPTQ_GROUP
     if per == "group" and group is None:
         reading.fault(entry.line, "scope per_group needs ext.group_size, a positive whole number")
     return Int(DTYPES[dtype], per, group=group or 0, symmetric=symmetric), method
 
 
-def _ext(entry: Entry, side: str, per: Granularity, reading: Reading) -> int | None:
+def _ext(entry: Entry, side: str, per: Granularity, method: str, reading: Reading) -> int | None:
     """The group size of ``ext``, where there is one; the dtype of scales is the server's, and the plan says so."""
-    found = mapping(entry, ("group_size", "scale_dtype"), f"the ext of the {side}", reading)
+    known = ("group_size", "scale_dtype", *EXT.get(method, ()))
+    found = mapping(entry, known, f"the ext of the {side}", reading)
     if found is None:
         return None
     if "scale_dtype" in found and _one_of(found["scale_dtype"], "scale_dtype", SCALE_DTYPES, reading):
         reading.note(SCALES)
+    if "step" in found:
+        reading.note("step of ssz: qc takes 50 turns and keeps the best of them, whatever it says")
     size = found.get("group_size")
     if size is None:
         return None

@@ -11,7 +11,7 @@ from .contract import Pass
 from .errors import Refused
 from .qconfig import Reading, mapping
 from .recipe_names import API_VERSIONS, RUNNERS, SAVERS
-from .recipe_passes import passes_of_item
+from .recipe_passes import passes_of_item, with_integers
 from .yaml_text import Entry, read_yaml
 
 API_VERSION = "modelslim_v1"
@@ -21,6 +21,7 @@ LABELS = ("w_bit", "a_bit", "is_sparse", "kv_cache", "fa_quant", "fa_bit")
 SAVER, SAVER_FIELDS = "ascendv1_saver", ("type", "part_file_size", "ext")
 DISTRIBUTED = "ascendv1_saver_distributed"
 """The same files, written by several processes."""
+ONE_TEXT = "the rotation is learned on the text that calibrates the rest"
 ONE_FILE = 1 << 20
 """GiB of a shard that holds everything: what a ``part_file_size`` of 0 means."""
 
@@ -97,7 +98,7 @@ def _recipe(path: Path, root: Entry, reading: Reading) -> Recipe | None:
             process.line, f"process is a list of passes, '- type: NAME', not empty; this is {process.kind}"
         )
         return None
-    passes = [one for item in process.value for one in passes_of_item(item, reading)]
+    passes = with_integers([one for item in process.value for one in passes_of_item(item, reading)], reading)
     return Recipe(path, tuple(passes), tuple(reading.notes), target, dataset, size)
 
 
@@ -181,7 +182,10 @@ def _prior(entry: Entry | None, reading: Reading) -> None:
             reading.fault(stage.line, "a stage of prior has a list of passes: process: [...]")
             continue
         _dataset(found.get("dataset"), reading)
-        passes = [one for item in process.value for one in passes_of_item(item, reading)]
+        passes = [one for item in process.value for one in passes_of_item(item, reading, prior=True)]
+        data = (found.get("dataset") or stage).value if reading.adapted else None
+        if isinstance(data, str):
+            reading.note(f"dataset {data} of the stage of prior on line {stage.line} is not read: {ONE_TEXT}")
         if passes:
             reading.note(
                 f"the stage of prior on line {stage.line} ({', '.join(map(str, passes))}) is left out: it hands"

@@ -9,18 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import registry
-from .contract import Pass, spell
+from .contract import Fact, Pass, spell
 from .errors import Refused
 from .qconfig import Methods, Reading, mapping, qconfig_of, rule_of, weight_rule_of
 from .recipe_grids import GRIDS, grid_options
 from .recipe_names import OPTIONS, PROCESSORS
-from .scheme import Rule
+from .recipe_rotation import NAME as ROTATION
+from .recipe_rotation import adapted
+from .scheme import W4A4, Rule
 from .spelling import convert, expansion, maker
 from .yaml_text import Entry
 
 
-def passes_of_item(item: Entry, reading: Reading) -> tuple[Pass, ...]:
-    """The passes of one item of ``process``; a preset is several."""
+def passes_of_item(item: Entry, reading: Reading, *, prior: bool = False) -> tuple[Pass, ...]:
+    """The passes of one item of ``process``, or of a stage of ``prior``; a preset is several."""
     if not isinstance(item.value, Mapping) or "type" not in item.value:
         keys = f" with the keys {', '.join(item.value)}" if isinstance(item.value, Mapping) else ""
         reading.fault(
@@ -36,15 +38,19 @@ def passes_of_item(item: Entry, reading: Reading) -> tuple[Pass, ...]:
     name = kind.value
     if name == "group":
         return _group(item, reading)
+    if name == ROTATION:
+        return adapted(item, 1 if prior else 2, _value, reading)
     if name not in registered:
         why = f"{name} is not supported yet; there are {', '.join(registered)}"
         unknown = registry.unknown("pass", name, {*registered, *PROCESSORS})
         reading.fault(kind.line, why if name in PROCESSORS else unknown)
         return ()
     before = reading.count
+    ext = _gptq_ext(item, reading) if name == "linear_quant" else None
+    name = name if ext is None else "gptq"
     make, fields = maker(name)
     methods = Methods(getattr(make, "weight_methods", ()), getattr(make, "act_methods", ()))
-    values = _options(name, item, fields, methods, reading)
+    values = {**(ext or {}), **_options(name, item, fields, methods, reading)}
     if name == "quarot" and values.get("online"):
         values = {"max_tp_size": 4, "down_proj_online_layers": (), **values}  # what recipes mean by it
     if reading.count > before:
@@ -60,6 +66,38 @@ def passes_of_item(item: Entry, reading: Reading) -> tuple[Pass, ...]:
         told = passes[0].name if len(passes) == 1 else ", ".join(map(str, passes))
         reading.note(f"{name} on line {kind.line} is {told}")
     return passes
+
+
+def with_integers(passes: list[Pass], reading: Reading) -> list[Pass]:
+    """A ``flatquant`` that no quantizer follows makes the integers too, as in the reference tool."""
+    at = next((i for i, one in enumerate(passes) if one.name == "flatquant"), None)
+    if at is None or any(Fact.QUANTIZED in one.provides for one in passes[at:]):
+        return passes
+    chosen = passes[at].options()
+    rule = Rule(scheme=W4A4, include=chosen["include"], exclude=chosen["exclude"])
+    more: Pass = registry.get("passes", "gptq")(strategies=(rule,))
+    reading.note(f"flatquant learns transforms, and {more} makes the integers")
+    return [*passes[: at + 1], more, *passes[at + 1 :]]
+
+
+def _gptq_ext(item: Entry, reading: Reading) -> dict[str, Any] | None:
+    """Options of ``gptq`` where a ``linear_quant`` asks for that method of its weights; None where it does not."""
+    at: Entry | None = item
+    for key in ("qconfig", "weight"):
+        at = at.value.get(key) if at is not None and isinstance(at.value, dict) else None
+    weight = at.value if at is not None and isinstance(at.value, dict) else {}
+    method, ext = weight.get("method"), weight.get("ext")
+    if method is None or method.value != "gptq":
+        return None
+    found: dict[str, Any] = {}
+    given = ext.value if ext is not None and isinstance(ext.value, dict) else {}
+    if "percdamp" in given:
+        found["percdamp"] = _value(given["percdamp"], float, "gptq: percdamp", Methods(), reading)
+    if "block_size" in given:
+        reading.note(
+            "block_size of gptq: how many columns share a product; it changes no result and is not read"
+        )
+    return found
 
 
 def _group(item: Entry, reading: Reading) -> tuple[Pass, ...]:

@@ -32,6 +32,7 @@ from .roles import mixtures, peers, read_together, roles_of
 from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
+from .survey import survey
 from .view import BlockView
 
 MICROBATCH = 1024
@@ -90,12 +91,22 @@ class Solver:
     def run(self) -> Journal:
         """Solve and hand on every part, in order."""
         parts = self.plan.program.parts
+        self._survey()
         for part in parts:
             self.report(Progress(part.name, part.index, len(parts), "load"))
             _PartSolver(self, part).run()
             release()
         self._pass_on()
         return self.journal
+
+    def _survey(self) -> None:
+        """Let passes that want to know the whole model first look at it."""
+        parts = self.plan.program.parts
+        for what, rewrite, measures in survey(
+            self.plan, self.ids, self.microbatch, self.compute,
+            lambda part: self.report(Progress(part.name, part.index, len(parts), "survey")),
+        ):  # fmt: skip
+            self.journal.learned(what.name, rewrite.where, measures)
 
     def exported(self, name: str, tensor: Tensor) -> Tensor:
         """A float tensor in the dtype in which it is announced: one that the model keeps in its own dtype keeps it."""

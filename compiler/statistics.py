@@ -103,16 +103,20 @@ class Mean(Observed):
 
 
 class Sample(Observed):
-    """``rows`` [up to 512, channels]: rows drawn at random without replacement, a function of how many came alone."""
+    """``rows`` [up to 512, channels], ``rows:N`` [up to N, channels]: drawn at random without replacement.
 
-    def __init__(self) -> None:
+    Which ones is a function of how many came alone.
+    """
+
+    def __init__(self, size: int = ROWS) -> None:
+        self.size = size
         self.generator = torch.Generator().manual_seed(0)
         self.rows, self.priority = torch.empty(0), torch.empty(0, dtype=torch.float64)
 
     def add(self, rows: Tensor) -> None:
         """Take rows in."""
         priority = torch.rand(len(rows), generator=self.generator, dtype=torch.float64)
-        best = priority.topk(min(ROWS, len(rows))).indices.sort().values
+        best = priority.topk(min(self.size, len(rows))).indices.sort().values
         self._keep(rows[best.to(rows.device)].float(), priority[best])
 
     def join(self, other: Observed) -> None:
@@ -123,7 +127,7 @@ class Sample(Observed):
     def _keep(self, rows: Tensor, priority: Tensor) -> None:
         both = torch.cat([self.priority, priority])
         all_rows = torch.cat([self.rows.to(rows).view(-1, rows.shape[-1]), rows])
-        best = both.topk(min(ROWS, len(both))).indices.sort().values
+        best = both.topk(min(self.size, len(both))).indices.sort().values
         self.rows, self.priority = all_rows[best.to(all_rows.device)], both[best]
 
     @property
@@ -228,3 +232,11 @@ KINDS: Mapping[str, type[Observed]] = {
     "histogram": Histogram,
 }
 """What a ``Statistic`` may ask for."""
+
+
+def observed(kind: str) -> Observed | None:
+    """A statistic in the making; None for a kind that there is not."""
+    name, _, size = kind.partition(":")
+    if name == "rows" and size.isdecimal():
+        return Sample(int(size))
+    return KINDS[name]() if name in KINDS and not size else None

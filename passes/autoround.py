@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.contract import LOSSY, Answer, BlockSize, Fact, Pass, Rewrite, Setting
-from ..compiler.edit import Edit, Verb
-from ..compiler.operand import Quantize
-from ..compiler.pattern import Site
 from ..compiler.program import Program
 from ..compiler.scheme import Rule
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .block_rounding import LEARNED_BITS, BlockRounding, Training
-from .linear_quant import swaps
-from .sites import block_linears
+from .linear_quant import block_swaps, swapped, swaps
 from .strategies import check_methods, setting_of
 
 
@@ -68,6 +64,11 @@ class AutoRound(Pass):
         check_methods(self.strategies, self)
 
     @property
+    def training(self) -> Training:
+        """The options as the training takes them."""
+        return Training(self.iters, self.enable_round_tuning, self.enable_minmax_tuning)
+
+    @property
     def needs_training(self) -> bool:
         """It runs the block with gradients."""
         return True
@@ -96,7 +97,7 @@ class AutoRound(Pass):
         channels = sum(one.width + one.out for one in after) + block.activations
         backward = block.tokens * block.itemsize * channels
         start = 44 * max(hessians) + 24 * max(sizes)
-        trained = self.iters and (self.enable_round_tuning or self.enable_minmax_tuning)
+        trained = self.training.moves
         step = 32 * sum(sizes) + backward if trained else 0
         held = (16 if trained else 12) * sum(sizes) + 4 * sum(hessians)
         return dense + max(backward, held + max(start, step))
@@ -104,23 +105,11 @@ class AutoRound(Pass):
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""
         setting, problems = setting_of(self.strategies, program, setting)
-        chosen, more = swaps(program, setting, self.include, self.exclude)
-        parts = block_linears(program)
-        by_block: dict[int, list[Edit]] = {}
-        for name, operand in chosen.items():
-            by_block.setdefault(parts[name], []).append(Edit(Verb.SWAP, Site(name), operand))
-        names = {part.index: part.name for part in program.parts}
-        rewrites = tuple(
-            Rewrite(self.name, "linear", names[index], tuple(edits), LOSSY)
-            for index, edits in by_block.items()
-        )
-        return Answer(rewrites, (), (*problems, *more))
+        chosen, more = swaps(program, setting, self.include, self.exclude, self.weight_methods[0])
+        return Answer(block_swaps(self.name, program, chosen), (), (*problems, *more))
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Any, QuantizedLinear]:
         """The start for every linear in the order of the dataflow, then training of all of them."""
-        swaps = {
-            edit.site.module: edit.operand for edit in rewrite.edits if isinstance(edit.operand, Quantize)
-        }
-        training = Training(self.iters, self.enable_round_tuning, self.enable_minmax_tuning)
-        solved = BlockRounding(swaps, view, rewrite.where).solve(training)
+        swaps = swapped(rewrite)
+        solved = BlockRounding(swaps, view, rewrite.where).solve(self.training)
         return {swaps[name].slot: q for name, q in solved.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..compiler.errors import Failed
 from ..compiler.fake_quant import fake_act
 from ..compiler.operand import Quantize
 from ..compiler.scheme import LinearScheme
@@ -17,20 +18,32 @@ from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
 from .act_range import static_range
-from .gptq import gptq
+from .column_rounding import gptq
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
 from .scale_search import search_scale
 from .sign_sgd import Rounding, preconditioner, train
 
 LEARNED_BITS = 4
-"""Widest integers that are worth a search: 8 bits are rounded to nearest."""
+"""Widest integers that are worth training: 8 bits are rounded to nearest."""
 HELD_OUT = 8
 """One microbatch in so many is kept for choosing among states."""
 
 
 class Reached(Exception):
     """The linears of interest have been seen: the rest of the block need not run."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How the closed-form start is found."""
+
+    bits: int = LEARNED_BITS
+    """Widest integers that are searched; the others are rounded to nearest."""
+    damping: float = 0.01
+    act_order: bool = True
+    weighted: bool = True
+    """Whether tokens weigh as much as an error there moves the output of the block."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +54,33 @@ class Training:
     round_tuning: bool
     scale_tuning: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether anything is trained at all."""
+        return self.iters > 0 and (self.round_tuning or self.scale_tuning)
+
 
 class BlockRounding:
     """One block: ``swaps`` names the linears to be quantized, ``view`` holds their weights and runs the block."""
 
-    def __init__(self, swaps: Mapping[str, Quantize], view: BlockView, where: str) -> None:
-        self.swaps, self.view, self.where = swaps, view, where
+    def __init__(
+        self, swaps: Mapping[str, Quantize], view: BlockView, where: str, begin: Start | None = None
+    ) -> None:
+        self.swaps, self.view, self.where, self.begin = swaps, view, where, begin or Start()
         self.done: dict[str, QuantizedLinear] = dict(view.quantized)
         self.weights: dict[str, Tensor] = {n: dequantize(q.weight, q.scale) for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
-        self.training = False
+        self.trains = self.training = False
 
-    def solve(self, training: Training) -> Mapping[str, QuantizedLinear]:
-        """The quantized linears by name."""
+    def solve(self, training: Training | None = None) -> Mapping[str, QuantizedLinear]:
+        """The quantized linears by name; None keeps the start."""
+        self.trains = training is not None and training.moves
         learned = {name for name in self.swaps if self.learned(name)}
-        importance = token_importance(self.view, learned, self.where) if learned else []
+        weighted = learned and self.begin.weighted
+        importance = token_importance(self.view, learned, self.where) if weighted else []
         for group in self.groups():
             self.start(group, importance)
-        if self.roundings and training.iters:
+        if self.roundings and training is not None:
             self.train(training)
         return {name: self.done[name] for name in self.swaps}
 
@@ -74,7 +96,7 @@ class BlockRounding:
     def learned(self, name: str) -> bool:
         """Whether the integers of a linear are searched for."""
         weight = self.scheme(name).weight
-        return weight is not None and weight.bits <= LEARNED_BITS
+        return weight is not None and weight.bits <= self.begin.bits
 
     def start(self, group: tuple[str, ...], importance: list[dict[str, Tensor]]) -> None:
         """Closed-form integers of linears that read one value, with everything before them quantized."""
@@ -85,7 +107,7 @@ class BlockRounding:
             rows = [sum(weights[name] for name in wanted) / len(wanted) for weights in importance]
             self.clip(wanted, rows)
             hessian = self.hessian(wanted[0], rows)
-            steps = preconditioner(hessian)
+            steps = preconditioner(hessian) if self.trains else None
             for alike in self.alike(wanted):
                 self.search(alike, hessian, steps)
         for name in group:
@@ -109,16 +131,20 @@ class BlockRounding:
             lambda x, ratio: fake_act(x, scheme, replace(q, clip=ratio)),
         )
         batches = range(0, self.view.batches, max(1, self.view.batches // 2))
-        self.each_input(names[0], batches, lambda index, x: search.add(x, importance[index]))
+        even = lambda x: x.new_ones(len(x), dtype=torch.float32)  # noqa: E731
+        self.each_input(
+            names[0], batches, lambda index, x: search.add(x, importance[index] if importance else even(x))
+        )
         for name in names:
             self.done[name] = replace(self.done[name], clip=search.best)
 
     def hessian(self, name: str, importance: list[Tensor]) -> Tensor:
-        """``X diag(importance) Xᵀ / n`` [in, in] of the quantized input of a linear."""
+        """``X diag(importance) Xᵀ / n`` [in, in] of the quantized input of a linear; no importance weighs all alike."""
         found: list[Tensor] = []
 
         def add(index: int, x: Tensor) -> None:
-            rows = self.act(name, x).float() * importance[index].sqrt()[:, None]
+            rows = self.act(name, x).float()
+            rows = rows * importance[index].sqrt()[:, None] if importance else rows
             if found:
                 found[0].addmm_(rows.T, rows)
             else:
@@ -156,18 +182,27 @@ class BlockRounding:
             ).append(name)
         return list(found.values())
 
-    def search(self, names: list[str], hessian: Tensor, steps: Tensor) -> None:
+    def search(self, names: list[str], hessian: Tensor, steps: Tensor | None) -> None:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
         weight = torch.cat([self.view.weight(name) for name in names])
         scale = search_scale(weight, bits.bits, bits.group, held, hessian.diagonal())
-        integers, compensated = gptq(weight, scale, hessian, bits.bits)
+        try:
+            integers, compensated = gptq(
+                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order
+            )
+        except ValueError as error:
+            raise Failed(
+                f"{names[0]} in {self.where}: {error}. Look at its inputs on the calibration text, exclude it, or"
+                " calibrate in --dtype float32"
+            ) from None
         rows = [self.view.weight(name).shape[0] for name in names]
         pieces = (tensor.split(rows) for tensor in (integers.to(torch.int8), compensated, scale))
         for name, integer, target, step in zip(names, *pieces, strict=True):
             self.done[name] = replace(self.done[name], weight=integer, scale=step)
-            self.roundings[name] = Rounding(target, step, bits.bits, held, steps)
+            if steps is not None:
+                self.roundings[name] = Rounding(target, step, bits.bits, held, steps)
 
     def act(self, name: str, x: Tensor) -> Tensor:
         """The input of a quantized linear on its grid; the gradient passes straight through."""

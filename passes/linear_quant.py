@@ -58,6 +58,23 @@ def swaps(
     return chosen, tuple(problems)
 
 
+def block_swaps(name: str, program: Program, chosen: Mapping[str, Quantize]) -> tuple[Rewrite, ...]:
+    """One rewrite of the pass ``name`` per block, over all linears that are chosen there."""
+    parts = block_linears(program)
+    by_block: dict[int, list[Edit]] = {}
+    for linear_name, operand in chosen.items():
+        by_block.setdefault(parts[linear_name], []).append(Edit(Verb.SWAP, Site(linear_name), operand))
+    names = {part.index: part.name for part in program.parts}
+    return tuple(
+        Rewrite(name, "linear", names[index], tuple(edits), LOSSY) for index, edits in by_block.items()
+    )
+
+
+def swapped(rewrite: Rewrite) -> dict[str, Quantize]:
+    """The linears that a rewrite replaces, and by what."""
+    return {edit.site.module: edit.operand for edit in rewrite.edits if isinstance(edit.operand, Quantize)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinearQuant(Pass):
     """Quantize linears by rounding to nearest.

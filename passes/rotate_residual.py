@@ -62,13 +62,17 @@ class RotateResidual(Pass):
         rotation, problem = hadamard_of(width, self.block_size, 1, setting.seed)
         if rotation is None:
             return Answer((), problems=(f"the residual stream: {problem}",))
-        rotation = replace(rotation, keeps_ones=not plain)
+        rotation = self.rotation(replace(rotation, keeps_ones=not plain), program)
         writers = [Edit(Verb.ROTATE_OUT, Site(str(node.target)), rotation) for node in space.writers]
         readers = [Edit(Verb.ROTATE_IN, Site(str(node.target)), rotation) for node in space.readers]
         basis = Basis(rotation, frozenset(node.name for node in space.values))
         rewrite = Rewrite(self.name, "residual", "residual stream", (*writers, *readers), EXACT, basis)
         note = f"{len(writers)} writers, {len(readers)} readers, {rotation}"
         return Answer((rewrite,), notes=(note,))
+
+    def rotation(self, rotation: Hadamard, program: Program) -> Hadamard:
+        """The matrix, given the one that its sizes ask for."""
+        return rotation
 
 
 def why_not(program: Program) -> str:

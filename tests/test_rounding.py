@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qc.compiler.view import BlockView, LinearHook
 from qc.passes.act_clip import RATIOS, ClipSearch
-from qc.passes.gptq import gptq
+from qc.passes.column_rounding import gptq
 from qc.passes.importance import relative_error, token_importance
 from qc.passes.scale_search import search_scale
 from qc.passes.sign_sgd import TRAVEL, Rounding, preconditioner, train

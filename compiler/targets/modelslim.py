@@ -30,9 +30,9 @@ class ModelSlim(Target):
         found: list[Problem] = []
         for site in sites:
             weight = site.scheme.weight
-            if weight is None:
+            if weight is None and not site.rotated:
                 continue
-            if weight.group and site.in_features % weight.group:
+            if weight is not None and weight.group and site.in_features % weight.group:
                 found.append(
                     Problem(
                         "group",
@@ -49,7 +49,7 @@ class ModelSlim(Target):
                         site.name,
                         f"the layout has no type for {site.scheme}{rotated}",
                         "take another scheme"
-                        + (", or exclude it from online_rotation" if site.rotated else ""),
+                        + (f", or exclude it from {site.rotated_by}" if site.rotated else ""),
                     )
                 )
         return tuple(found)

@@ -51,6 +51,11 @@ class LinearSite:
     """Whether the input checkpoint stores its weight as [in, out]."""
 
     @property
+    def rotated_by(self) -> str:
+        """The pass that rotates its input."""
+        return "flatquant" if self.rotation is not None and self.rotation.slots else "online_rotation"
+
+    @property
     def parent(self) -> str:
         """The module that holds it."""
         return self.name.rpartition(".")[0]

@@ -107,6 +107,8 @@ class VllmAscend(Target):
     def _type(self, site: LinearSite) -> Iterator[Problem]:
         weight = site.scheme.weight
         if weight is None:
+            if site.rotated:
+                yield self._no_format(site)
             return
         if site.transposed:
             yield Problem(
@@ -141,12 +143,12 @@ class VllmAscend(Target):
             )
 
     def _no_format(self, site: LinearSite) -> Problem:
-        if site.rotated and self.format_of(site.scheme, False) is not None:
+        if site.rotated and (not site.scheme.quantized or self.format_of(site.scheme, False) is not None):
             return Problem(
                 "rotation",
                 site.name,
                 f"an online rotation is served before int4 linears only, and this one is {site.scheme}",
-                "give it the scheme w4a4, or exclude it from online_rotation",
+                f"give it the scheme w4a4, or exclude it from {site.rotated_by}",
             )
         known = ascendv1.format_of(site.scheme, site.rotated)
         named = f" (type {known.type})" if known else ""

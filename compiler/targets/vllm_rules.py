@@ -127,7 +127,7 @@ def rotation_problems(site: LinearSite, model: ModelFacts) -> Iterator[Problem]:
     try:
         wanted = server_split(width)
     except ValueError as error:
-        yield Problem("split", site.name, str(error), "exclude it from online_rotation")
+        yield Problem("split", site.name, str(error), f"exclude it from {site.rotated_by}")
         return
     if site.split != wanted or site.blocks != ranks:
         yield Problem(
@@ -135,7 +135,7 @@ def rotation_problems(site: LinearSite, model: ModelFacts) -> Iterator[Problem]:
             site.name,
             f"its rotation is {site.blocks} x {site.split}, the server splits {width} channels of each of"
             f" {ranks} ranks into {wanted}",
-            "let online_rotation choose the split, for the same --tp",
+            f"let {site.rotated_by} choose the split, for the same --tp",
         )
     elif max(wanted) > SAFE_FACTOR:
         yield Problem(

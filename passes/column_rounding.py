@@ -1,0 +1,79 @@
+"""GPTQ: rounding one column at a time, each error carried into the columns that are still to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..runtime.quantize import qmax
+
+BLOCK = 32
+"""Columns whose errors are carried one by one; the others get them in one product."""
+
+
+MOST_DAMPING = 10.0
+"""As a share of the mean diagonal: with so much of it every Hessian of real inputs has its factors."""
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01, act_order: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] (float32) that minimise ``|| (W - s q) X ||``, and the compensated weight that they round.
+
+    Channels that were never active get ``damping`` times the mean of the diagonal like all others, so that H is
+    positive definite. Where rounding errors make it singular all the same, the damping is ten times as much, and again.
+
+    Args:
+        weight: [out, in] float32.
+        scale: [out, groups] float32.
+        hessian: ``X Xᵀ / n`` of the (quantized) inputs, [in, in] float32.
+        bits: Of the integers.
+        damping: Added to the diagonal, as a share of its mean.
+        act_order: Take columns in the order of falling ``diag(H)``, else as they stand.
+
+    Raises:
+        ValueError: A Hessian that is not finite, or has no factors with any damping.
+
+    Source: GPTQ (arXiv 2210.17323), algorithm 1, and the activation order of its implementation.
+    """
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("its inputs are not finite, or too large for their squares")
+    high = qmax(bits)
+    width = weight.shape[1]
+    diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width)
+    back = torch.argsort(order)
+    columns = weight.T[order].contiguous()  # [in, out]: a column of the weight is a row here
+    scales = scale.repeat_interleave(width // scale.shape[1], dim=1).T[order].contiguous()
+    upper = inverse_factor(hessian[order][:, order].double(), damping).float()
+    integers = torch.empty_like(columns)
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        local, errors = upper[start:stop, start:stop], torch.empty_like(columns[start:stop])
+        for j in range(stop - start):
+            column, step = columns[start + j], scales[start + j]
+            integer = (column / step).round_().clamp_(-high - 1, high)
+            integers[start + j] = integer
+            errors[j] = (column - integer * step) / local[j, j]
+            columns[start + j + 1 : stop].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    return integers[back].T.contiguous(), columns[back].T.contiguous()
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of ``(H + λ I)⁻¹`` [n, n], float64; λ is ``damping`` mean diagonals, or more if needed.
+
+    ValueError where no damping gives one.
+    """
+    mean = float(hessian.diagonal().mean())
+    while damping <= MOST_DAMPING:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(upper.isfinite().all()):
+                return upper
+        damping *= 10
+    raise ValueError("the Hessian of its inputs can not be factored, with however much damping")
