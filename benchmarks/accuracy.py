@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -44,9 +45,10 @@ class Recipe:
 
 RECIPES = {
     "w8a8": Recipe("iter_smooth,linear_quant", "w8a8", 1.02, kl_of=("rtn-w8a8", 0.75)),
-    "auto": Recipe("iter_smooth,quarot,autoround", "auto", 1.45),
-    "w4a4": Recipe("iter_smooth,quarot,online_rotation,autoround", "w4a4", 1.9),
-    "w4a16-g64": Recipe("autoround{iters=50}", "w4a16-g64", 1.15, target="modelslim"),
+    "auto": Recipe("iter_smooth,flatquant,gptq", "auto", 1.25),
+    "w4a4": Recipe("iter_smooth,flatquant,gptq", "w4a4", 1.5),
+    "w4a16-g64": Recipe("autoround{iters=50}", "w4a16-g64", 1.10, target="modelslim"),
+    "w4a16-g64-gptq": Recipe("gptq", "w4a16-g64", 1.12, target="modelslim"),
     "rtn-w8a8": Recipe("linear_quant", "w8a8"),
     "rtn-w8a8-static": Recipe("linear_quant", "w8a8-static"),
     "rtn-w8a16": Recipe("linear_quant", "w8a16"),
@@ -109,6 +111,31 @@ RECIPES |= {
 """Rows of everything that acts on activations: each with the row that it claims to improve on, in divergence."""
 
 
+TRANSFORMS = {
+    "none": "",
+    "quarot": "quarot,",
+    "quarot-online": "quarot{online=true},",
+    "adapt_rotation": "adapt_rotation,",
+    "adapt_rotation-online": "adapt_rotation{online=true},",
+    "flatquant": "flatquant,",
+}
+ROUNDINGS = {"minmax": "linear_quant", "gptq": "gptq", "autoround": "autoround"}
+BEATS = {"minmax": "", "gptq": "minmax", "autoround": "gptq"}
+"""What each rounding claims to improve on; plain rounding is compared with the one that nothing is rotated for."""
+RECIPES |= {
+    f"{scheme}/{turn}/{rounding}": Recipe(
+        f"iter_smooth,{passes}{quantizer}", scheme,
+        kl_of=(f"{scheme}/{turn}/{BEATS[rounding]}", 1.0) if BEATS[rounding]
+        else None if turn == "none" else (f"{scheme}/none/minmax", 1.0),
+    )
+    for scheme in ("w4a4", "auto")
+    for turn, passes in TRANSFORMS.items()
+    if not (scheme == "auto" and turn.endswith("-online"))
+    for rounding, quantizer in ROUNDINGS.items()
+}  # fmt: skip
+"""Rotations and learned transforms against one another, under each way of rounding."""
+
+
 LAOS_LAYERS = (1, 3, *range(9, 27))
 LAOS_INT4 = f"*.up_proj|*.gate_proj|*.o_proj|model.layers.{{{','.join(map(str, LAOS_LAYERS))}}}.mlp.down_proj"
 RECIPES["laos-v1"] = Recipe(
@@ -119,6 +146,15 @@ RECIPES["laos-v1"] = Recipe(
     "", target="modelslim",
 )  # fmt: skip
 """The recipe laos-v1.yaml with groups of 64 for 256 and max_tp_size 1 for 4, to fit the model, and 50 steps for 400."""
+LAOS_UP = f"model.layers.{{{','.join(map(str, range(1, 9)))}}}.mlp"
+RECIPES["laos-v2"] = Recipe(
+    "adapt_rotation{max_tp_size=1},"
+    f"autoround{{iters=50,strategies=w8a8:*self_attn*|*.down_proj|{LAOS_UP}.up_proj|{LAOS_UP}.gate_proj"
+    "+w4a4:*.up_proj|*.gate_proj}",
+    "",
+    target="modelslim",
+)
+"""The recipe laos-v2.yaml at 50 steps for 400; of its layers those that the model has."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -146,14 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = wanted or barred
     if unknown := sorted(set(wanted) - set(RECIPES)):
         parser.error(f"no row {', '.join(unknown)}; there are {', '.join(RECIPES)}")
-    references = [other for name in wanted if (kl_of := RECIPES[name].kl_of) for other in kl_of[:1]]
+    ordered = with_references(wanted)
     texts, model = find_texts(), smollm2()
     print(texts)
     known = {} if options.again else on_record(options.windows, comparable=texts.comparable)
     rows: list[Row] = []
     divergence: dict[str, float] = {name: row["KL"] for name, row in known.items()}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in dict.fromkeys([*references, *wanted]):
+        for name in ordered:
             if name in known:
                 rows.append(known[name])
                 continue
@@ -166,6 +202,17 @@ def main(arguments: list[str] | None = None) -> int:
             )
     table(f"SmolLM2-135M, {texts}", rows)
     return 1 if any(row["met"] is False for row in rows) else 0
+
+
+def with_references(wanted: Iterable[str]) -> list[str]:
+    """These rows and all that they are compared with, those first, each once."""
+    found: dict[str, None] = {}
+    for name in wanted:
+        chain = [name]
+        while (kl_of := RECIPES[chain[-1]].kl_of) is not None:
+            chain.append(kl_of[0])
+        found |= dict.fromkeys(reversed(chain))
+    return list(found)
 
 
 def on_record(windows: int, *, comparable: bool) -> dict[str, dict[str, Any]]:

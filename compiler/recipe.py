@@ -99,6 +99,8 @@ def _recipe(path: Path, root: Entry, reading: Reading) -> Recipe | None:
         )
         return None
     passes = with_integers([one for item in process.value for one in passes_of_item(item, reading)], reading)
+    if reading.adapted is not None and not any(one.name == "adapt_residual" for one in passes):
+        reading.note("adapt_rotation of prior is left out: process has no second stage, which would apply it")
     return Recipe(path, tuple(passes), tuple(reading.notes), target, dataset, size)
 
 

@@ -168,3 +168,9 @@ def test_the_newer_laos_recipe_runs_as_it_is() -> None:
         "rotate_heads",
         "autoround",
     ]
+
+
+def test_a_first_stage_that_nothing_applies_is_left_out_and_told(written: Written) -> None:
+    recipe = read_recipe(written(STAGES.replace("type: adapt_rotation, stage: 2", "type: quarot")))
+    assert not any(one.name == "adapt_residual" for one in recipe.passes)
+    assert any("no second stage" in note for note in recipe.notes)

@@ -31,6 +31,9 @@ from tests.programs import captured, relative
 
 SAME = 0.02
 """Nearly always 1e-6 to 1e-4; an activation on the edge between two integers falls to either side and makes more."""
+FLIPS = 0.15
+"""The same as a share of what quantizing changes: of int4 activations many lie on an edge, and which way they fall
+differs from processor to processor."""
 ROTATED = "iter_smooth,quarot,iter_smooth,linear_quant"
 ONLINE = "iter_smooth,quarot{online=true},linear_quant"
 
@@ -74,7 +77,8 @@ def test_the_export_computes_what_the_model_computes(
     want = logits(load(place.path, dtype=torch.float32))
     got = logits(load(tmp_path / "out", dtype=torch.float32))
     assert relative(got, want) < bound
-    assert relative(got, simulated(result, rounded)) < SAME, "the files are not what the compile rounded"
+    same = max(SAME, FLIPS * relative(got, want))
+    assert relative(got, simulated(result, rounded)) < same, "the files are not what the compile rounded"
     assert scheme == "float" or relative(got, want) > 1e-4
     on_disk_as_planned(result)
 

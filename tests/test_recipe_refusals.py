@@ -54,7 +54,9 @@ REFUSED = {
     HEAD + "    - type: [quarot]": ["type is the name of a pass; this is a list"],
     HEAD + "    - type: iter_smoth": ["line 4: unknown pass 'iter_smoth'; did you mean iter_smooth"],
     HEAD + "    - type: flex_smoth_quant": ["did you mean flex_smooth_quant"],
-    HEAD + "    - type: flatquant": ["line 4: flatquant is not supported yet; there are autoround"],
+    HEAD + "    - type: float_sparse": [
+        "line 4: float_sparse is not supported yet; there are adapt_residual"
+    ],
     HEAD + "    - type: iter_smooth\n      alhpa: 0.5": [
         "line 5: unknown option of iter_smooth 'alhpa'; did you mean alpha?"
     ],
@@ -134,9 +136,6 @@ REFUSED = {
         "unknown key of ascendv1_saver 'size'"
     ],
     HEAD + "    - type: quarot\n  prior: [{proces: []}]": ["a stage of prior 'proces'; did you mean process"],
-    HEAD + "    - type: quarot\n  prior: [{process: [{type: adapt_rotation, stage: 1}]}]": [
-        "line 5: adapt_rotation is not supported yet"
-    ],
     HEAD + "    - type: quarot\n  runner: layerwise": ["unknown runner 'layerwise'; did you mean layer_wise"],
     HEAD + "    - type: quarot\n  dataset: [a.txt]": [
         "line 5: dataset is the name of a file",
@@ -159,7 +158,7 @@ WRONG_QCONFIGS = {
     "{weight: {dtype: int8, scope: per_channel}}": "the weight of a qconfig has no symmetric, method",
     f"{{weight: {INT8.replace('int8', 'int5')}}}": "unknown dtype 'int5'; did you mean int",
     f"{{weight: {INT8.replace('int8', 'mxfp4')}}}": "dtype mxfp4 of the weight is not supported yet: there are float",
-    f"{{weight: {INT8.replace('minmax', 'gptq')}}}": "method gptq of the weight is not supported here: there is minmax",
+    f"{{weight: {INT8.replace('minmax', 'mse_round')}}}": "method mse_round of the weight is not supported here",
     f"{{weight: {INT8.replace('minmax', 'autoround')}}}": "method autoround of the weight is not supported here",
     f"{{weight: {INT8.replace('per_channel', 'per_block')}}}": "scope per_block with symmetric true of the weight",
     f"{{weight: {INT8.replace('true', 'false')}}}": "scope per_channel with symmetric false of the weight",

@@ -43,11 +43,12 @@ class ModelSlim(Target):
                 )
             if self.format_of(site.scheme, site.rotated) is None:
                 rotated = " behind an online rotation" if site.rotated else ""
+                shown = site.scheme if site.scheme.quantized else "a float linear"
                 found.append(
                     Problem(
                         "type",
                         site.name,
-                        f"the layout has no type for {site.scheme}{rotated}",
+                        f"the layout has no type for {shown}{rotated}",
                         "take another scheme"
                         + (f", or exclude it from {site.rotated_by}" if site.rotated else ""),
                     )

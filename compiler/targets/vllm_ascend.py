@@ -147,7 +147,8 @@ class VllmAscend(Target):
             return Problem(
                 "rotation",
                 site.name,
-                f"an online rotation is served before int4 linears only, and this one is {site.scheme}",
+                "an online rotation is served before int4 linears only, and this one "
+                + (f"is {site.scheme}" if site.scheme.quantized else "stays float"),
                 f"give it the scheme w4a4, or exclude it from {site.rotated_by}",
             )
         known = ascendv1.format_of(site.scheme, site.rotated)
