@@ -31,7 +31,7 @@ from .export import (
     write_json,
     write_manifest,
 )
-from .fallback import level, most_sensitive, quantizers, without
+from .fallback import attentions_to_leave, level, loudest_attentions, most_sensitive, quantizers, without
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
@@ -195,6 +195,8 @@ def compile(
     data = _data(planned, options)
     if level(options.fallback):
         planned = fallen_back(planned, data, options, report)
+    if attentions_to_leave(planned):
+        planned = attentions_left(planned, data, options, report)
     estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
     layout = planned.layout
@@ -222,6 +224,25 @@ def fallen_back(
     again = plan(planned.program, without(passes, names), replace(options, fallback="L0")).require()
     told = f"fallback {options.fallback}: {', '.join(names)} stay float, where rounding is heard most"
     return replace(again, notes=(*planned.notes, told))
+
+
+def attentions_left(
+    planned: Plan, data: Calibration | None, options: Options, report: Callable[[Progress], None]
+) -> Plan:
+    """The plan with the attentions that ``fa_amp`` counts left float, found on the calibration data."""
+    assert data is not None, "asked for below"
+    passes, told = [step.what for step in planned.steps], []
+    for step in planned.steps:
+        count = int(step.what.options().get("fa_amp", 0))
+        if not count:
+            continue
+        with _own_random_state():
+            names = loudest_attentions(planned, step, data.tokens, _compute(planned.program, options), report)
+        one: Any = step.what
+        passes[step.index] = replace(one, fa_amp=0, exclude=(*one.exclude, *names[:count]))
+        told.append(f"fa_amp={count}: {', '.join(names[:count])} stay float, where the grids are heard most")
+    again = plan(planned.program, passes, replace(options, fallback="L0")).require()
+    return replace(again, notes=(*planned.notes, *told))
 
 
 def _work(
@@ -264,7 +285,7 @@ def _compute(program: Program, options: Options) -> torch.dtype:
 
 def _data(planned: Plan, options: Options) -> Calibration | None:
     """Calibration tokens, where the plan needs them."""
-    if not planned.needs_data and not level(options.fallback):
+    if not (planned.needs_data or level(options.fallback) or attentions_to_leave(planned)):
         return None
     tokenizer = options.tokenizer
     if tokenizer is None:

@@ -1,4 +1,4 @@
-"""Fallback: the linears whose rounding is heard most stay float (the reference tool's ``disable_level``)."""
+"""Fallback: what is heard most stays float: linears (``disable_level``, ``--fallback``), attentions (``fa_amp``)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..runtime.attention_grid import head_grid
+from ..runtime.quantize import fake_quant_per_token, scale_for
 from . import registry
 from .contract import Fact, Pass
 from .errors import Refused
-from .plan import Plan, all_have_formats, make_plan
+from .operand import Stub
+from .plan import Plan, Step, all_have_formats, make_plan
+from .program import Part
 from .roles import read_together, roles_of
-from .solve import Progress, Solver
+from .solve import MICROBATCH, Progress, Solver
+from .survey import float_blocks
 
 
 def level(text: str) -> int:
@@ -80,6 +85,59 @@ def loudest(
         groups[group] = min(groups.get(group, value), value)
     order = sorted(groups, key=lambda group: (groups[group], group))
     return tuple(name for group in order[:count] for name in group)
+
+
+def loudest_attentions(
+    plan: Plan, step: Step, ids: Tensor, compute: torch.dtype, report: Callable[[Progress], None]
+) -> list[str]:
+    """The attentions of a step that puts q, k and v on grids, those first whose outputs the grids change most.
+
+    The float model runs once; every attention is computed again with its operands on grids of each microbatch, and the
+    square error of its output is taken relative to the output, channel by channel: a huge channel hides nothing.
+    """
+    stubs: dict[str, list[Stub]] = {}
+    modules: dict[str, str] = {}
+    for rewrite in step.answer.rewrites:
+        for edit in rewrite.edits:
+            if isinstance(edit.operand, Stub):
+                stubs.setdefault(edit.operand.node, []).append(edit.operand)
+                modules[edit.operand.node] = rewrite.where
+    noise: dict[str, Tensor] = {}
+    signal: dict[str, Tensor] = {}
+
+    def on_value(node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
+        if node.name not in stubs:
+            return
+        known = dict(zip(node.all_input_nodes, given, strict=True))
+        args = list(fx.node.map_arg(node.args, known.__getitem__))
+        for stub in stubs[node.name]:
+            args[stub.operand] = _on_grid(args[stub.operand], stub)
+        again = node.target(*args, **fx.node.map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
+        for sums, x in ((noise, again - value), (signal, value)):
+            sums[node.name] = sums.get(node.name, 0) + x.double().square().sum((0, 2))
+
+    def watch(part: Part) -> tuple[None, Any]:
+        report(Progress(part.name, part.index, len(plan.program.parts), f"{step.what.name} fallback"))
+        return None, on_value
+
+    for _ in float_blocks(plan.program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch):
+        pass
+    loud = {name: float((noise[name] / signal[name].clamp(min=1e-30)).mean()) for name in stubs}
+    order = sorted(stubs, key=lambda name: (-loud[name], name))
+    return list(dict.fromkeys(modules[name] for name in order))
+
+
+def _on_grid(x: Tensor, stub: Stub) -> Tensor:
+    """x [b, heads, t, d] on the grid that a stub would give it, its range taken from x."""
+    if stub.scope == "token":
+        return fake_quant_per_token(x, 8)
+    scale = scale_for(x.abs().amax((0, 2, 3)), 8)[:, None]
+    return head_grid(x, scale, torch.zeros_like(scale))
+
+
+def attentions_to_leave(plan: Plan) -> int:
+    """How many attentions passes of a plan leave float, once they know which (``fa_amp``)."""
+    return sum(int(step.what.options().get("fa_amp", 0)) for step in plan.steps)
 
 
 def without(passes: Iterable[Pass], names: tuple[str, ...]) -> list[Pass]:

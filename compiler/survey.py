@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from .contract import Pass, Rewrite
+from .execute import Observer
 from .observe import Observers
 from .part_work import cast, own_names
 from .plan import Plan
-from .program import Part
+from .program import Part, Program
 from .resident import release
 from .streams import needed_after, prologue
-from .view import BlockView
+from .view import BlockView, LinearHook
 
 
 def survey(
@@ -39,14 +40,31 @@ def survey(
     ]
     if not asking:
         return
-    program, needed = plan.program, needed_after(plan.program)
-    last = max(part.index for part in program.blocks)
-    stream = None
-    for part in program.parts:
-        if part.index > last:
-            break
-        release()
+    kept: dict[str, Observers] = {}
+
+    def watch(part: Part) -> tuple[LinearHook, None]:
         report(part)
+        inside = {str(node.target) for node in plan.program.nodes(part)}
+        wanted = (one for _, _, needs in asking for one in needs if one.module in inside)
+        return kept.setdefault(part.name, Observers(wanted)), None
+
+    for part, tensors in float_blocks(plan.program, ids, microbatch, compute, watch):
+        view = BlockView(part.name, tensors, kept.pop(part.name).results(), plan.dtype, plan.seed)
+        for what, rewrite, _ in asking:
+            what.survey(rewrite, view)
+    for what, rewrite, _ in asking:
+        yield what, rewrite, what.learn(rewrite)
+
+
+def float_blocks(
+    program: Program, ids: Tensor, microbatch: int, compute: torch.dtype,
+    watch: Callable[[Part], tuple[LinearHook | None, Observer | None]],
+) -> Iterator[tuple[Part, Mapping[str, Tensor]]]:  # fmt: skip
+    """Run block after block over the calibration tokens, each watched; yields each one, and its float32 tensors."""
+    needed, stream = needed_after(program), None
+    last = max(part.index for part in program.blocks)
+    for part in program.parts[: last + 1]:
+        release()
         tensors: dict[str, Tensor] = {}
         for name, tensor in program.source.load(own_names(program, part)).items():
             program.source.check_finite(name, tensor)
@@ -54,14 +72,12 @@ def survey(
         if stream is None:
             stream = prologue(program, tensors, ids, microbatch, compute, ())
             continue
-        inside = {str(node.target) for node in program.nodes(part)}
-        observers = Observers(one for _, _, wanted in asking for one in wanted if one.module in inside)
+        linear, on_value = watch(part)
         used = cast(tensors, compute)
         with torch.no_grad():
-            outputs = [stream.run(i, program, part, used, (), observers) for i in range(len(stream.batches))]
-        view = BlockView(part.name, tensors, observers.results(), plan.dtype, plan.seed)
-        for what, rewrite, _ in asking:
-            what.survey(rewrite, view)
+            outputs = [
+                stream.run(i, program, part, used, (), linear, None, on_value)
+                for i in range(len(stream.batches))
+            ]
+        yield part, tensors
         stream.advance(outputs, needed[part.index])
-    for what, rewrite, _ in asking:
-        yield what, rewrite, what.learn(rewrite)

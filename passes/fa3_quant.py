@@ -55,6 +55,8 @@ class Fa3Quant(Pass):
     """Share of the values of a head of q or k that its window holds; what lies outside is cut."""
     recall_v: float = 1.0
     """That of v; 1 takes the whole range."""
+    fa_amp: int = 0
+    """How many attentions stay float: those whose outputs the grids change most, found on the calibration text."""
     include: tuple[str, ...] = ("*",)
     """Globs of attention modules."""
     exclude: tuple[str, ...] = ()
@@ -67,6 +69,8 @@ class Fa3Quant(Pass):
         for option in ("recall_qk", "recall_v"):
             if not 0 < getattr(self, option) <= 1:
                 raise ValueError(f"{option}={getattr(self, option)}: it must be above 0 and at most 1")
+        if self.fa_amp < 0:
+            raise ValueError(f"fa_amp={self.fa_amp}: it must not be negative")
         if all(getattr(self, option) == "float" for option in NAMES):
             raise ValueError("fa_q=float: with fa_k and fa_v float too there is nothing to quantize")
 
@@ -77,7 +81,15 @@ class Fa3Quant(Pass):
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per attention."""
         sites, problems = grid_sites(program, self.name, self.include, self.exclude, NAMES)
-        return Answer(tuple(self._rewrite(site) for site in sites), problems=problems)
+        if self.fa_amp and self.fa_amp >= len(sites):
+            problems = (
+                *problems,
+                f"fa_amp={self.fa_amp} leaves none of the {len(sites)} attentions quantized",
+            )
+        notes = (
+            (f"the {self.fa_amp} worst of them stay float, found when it is compiled",) if self.fa_amp else ()
+        )
+        return Answer(tuple(self._rewrite(site) for site in sites), notes, problems)
 
     def _rewrite(self, site: AttentionSite) -> Rewrite:
         edits = []

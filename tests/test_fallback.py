@@ -14,7 +14,9 @@ from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
 from qc.compiler.fallback import level
 from qc.compiler.roles import roles_of
+from qc.compiler.spelling import passes_of
 from tests.homes import Home, compiled
+from tests.plans import planned
 
 
 def test_levels() -> None:
@@ -66,3 +68,30 @@ def test_experts_are_never_left_float_alone(home: Callable[[str], Home], tmp_pat
     left = set(told.removeprefix("fallback L3: ").partition(" stay float")[0].split(", "))
     assert left
     assert not left & roles_of(result.plan.program)["expert"]
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("scope", ["per_head", "per_token"])
+def test_the_worst_attention_stays_float(scope: str, home: Callable[[str], Home], tmp_path: Path) -> None:
+    place = home("llama")
+    (file,) = place.path.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.self_attn.v_proj.weight"][0] *= 1000  # one channel takes the grid of its head
+    (tmp_path / "model").mkdir()
+    for other in place.path.iterdir():
+        (tmp_path / "model" / other.name).write_bytes(other.read_bytes())
+    save_file(tensors, tmp_path / "model" / file.name, metadata={"format": "pt"})
+    spoiled = Home(tmp_path / "model", capture(tmp_path / "model", certify=False), place.text)
+    passes = f"fa3_quant{{fa_amp=1, fa_q=float, fa_k=float, fa_v={scope}}}"
+    result = compiled(spoiled, tmp_path / "out", passes, scheme="float", target="modelslim")
+    taken = {rewrite.where for step in result.plan.steps for rewrite in step.answer.rewrites}
+    assert len(taken) == len(place.program.blocks) - 1
+    assert "model.layers.1.self_attn" not in taken
+    assert any(n.startswith("fa_amp=1: model.layers.1.self_attn stay float") for n in result.plan.notes)
+
+
+def test_fa_amp_leaves_something_to_quantize() -> None:
+    found = planned("llama", "fa3_quant{fa_amp=9}", scheme="float", target="modelslim").problems
+    assert any("fa_amp=9 leaves none" in problem for problem in found)
+    with pytest.raises(Refused, match="fa_amp=-1"):
+        passes_of("fa3_quant{fa_amp=-1}")
