@@ -118,6 +118,9 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", help="the checkpoint that it was made from: compare that one too")
     verify.add_argument("--json", action="store_true", help="for machines")
     verify.set_defaults(run=run_verify)
+    recipes = commands.add_parser("recipes", help="list the named plans and what they reached")
+    recipes.add_argument("name", metavar="NAME", nargs="?", help="one of them")
+    recipes.set_defaults(run=run_recipes)
     generate = commands.add_parser("generate", help="let an exported checkpoint answer")
     generate.add_argument("out", metavar="OUT")
     generate.add_argument("prompt")
@@ -192,6 +195,13 @@ def run_compile(args: argparse.Namespace) -> None:
     for line in journal.passes(result.plan.rewrites):
         print(line)
     print(f"wrote {result.path}")
+
+
+def run_recipes(args: argparse.Namespace) -> None:
+    """``qc recipes``."""
+    from .named import recipes_text
+
+    print(recipes_text(args.name))
 
 
 def run_plan(args: argparse.Namespace) -> int:

@@ -36,6 +36,7 @@ from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
+from .named import named
 from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
@@ -144,6 +145,8 @@ def served_otherwise(planned: Plan) -> tuple[str, ...]:
 
 def filled(passes: Passes, options: Options) -> Options:
     """The options, with the recipe's word where nothing was given. Refused when its calibration text is not there."""
+    if (plan := named(passes)) is not None:
+        return replace(options, scheme=options.scheme or plan.scheme, target=options.target or plan.target)
     if not isinstance(passes, Recipe):
         return replace(options, target=options.target or TARGET)
     return replace(

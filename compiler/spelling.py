@@ -12,30 +12,38 @@ from typing import Any, Literal
 from . import registry
 from .contract import Pass
 from .errors import Refused
+from .named import named
 
 
 def passes_of(given: str | Iterable[str | Pass]) -> tuple[tuple[Pass, ...], tuple[str, ...]]:
-    """Passes of a command-line string or a list of strings and passes; presets expanded, each with a note."""
+    """Passes of a command-line string or a list of strings and passes; presets expanded, each with a note.
+
+    A string that is the name of a whole plan stands for its passes; formats and target of it are the caller's business.
+    """
+    whole = named(given)
+    if whole is not None:
+        passes, notes = passes_of(whole.passes)
+        return passes, (f"{str(given).strip()} is {whole.passes} --scheme {whole.scheme}", *notes)
     items: Sequence[str | Pass] = split(given) if isinstance(given, str) else list(given)
-    passes: list[Pass] = []
-    notes: list[str] = []
+    found: list[Pass] = []
+    told: list[str] = []
     for item in items:
         if isinstance(item, Pass):
-            passes.append(item)
+            found.append(item)
             continue
         if not isinstance(item, str):
             raise Refused(f"{item!r} is not a pass: give a name or an instance of qc.Pass")
         for text in split(item):
             expanded = one(text)
             if expansion(text.partition("{")[0].strip(), expanded):
-                notes.append(f"{text} is {', '.join(str(p) for p in expanded)}")
-            passes += expanded
-    if not passes:
+                told.append(f"{text} is {', '.join(str(p) for p in expanded)}")
+            found += expanded
+    if not found:
         there = ", ".join([*registry.names("passes"), *registry.names("presets")])
         raise Refused(
             f"no passes were given: e.g. --passes 'iter_smooth,quarot,autoround'; there are {there}"
         )
-    return tuple(passes), tuple(notes)
+    return tuple(found), tuple(told)
 
 
 def split(text: str, separator: str = ",") -> list[str]:
@@ -72,6 +80,11 @@ def one(text: str) -> tuple[Pass, ...]:
             options[key.strip()] = value.strip()
     known = [*registry.names("passes"), *registry.names("presets")]
     if name not in known:
+        if name in registry.names("recipes"):
+            raise Refused(
+                f"--passes: {name} is a whole plan: give it alone, without options (qc recipes {name})"
+            )
+        known += registry.names("recipes")
         if "=" in name and any(name.startswith(k) for k in known):
             raise Refused(f"--passes: {name!r} looks like a pass whose braces the shell has expanded: quote the list, "
                           "--passes \"iter_smooth{alpha=0.7, scale_min=1e-4},quarot\"")  # fmt: skip
