@@ -30,6 +30,8 @@ class Affine:
     dtype: torch.dtype
     """In which the server holds the factors; they are rounded to it with a straight-through gradient."""
     readers: Mapping[str, LinearScheme]
+    skew: tuple[Tensor, Tensor] | None = None
+    """For factors that stay orthogonal: what is trained in their place, [a, a] and [b, b]; see ``cayley``."""
     log_diagonal: Tensor | None = None
     spread: Callable[[Tensor], Tensor] = lambda diagonal: diagonal
     clip: Tensor = field(default_factory=lambda: torch.full((1,), KEPT))
@@ -37,11 +39,18 @@ class Affine:
 
     def parameters(self) -> list[Tensor]:
         """What moves at the plain rate."""
-        return [self.left, self.right, *([] if self.log_diagonal is None else [self.log_diagonal])]
+        factors = (self.left, self.right) if self.skew is None else self.skew
+        return [*factors, *([] if self.log_diagonal is None else [self.log_diagonal])]
 
     def logits(self) -> list[Tensor]:
         """Clip ratios before their sigmoid, which move faster."""
         return [self.clip, *self.weight_clip.values()]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Left and right as they are now, before rounding."""
+        if self.skew is None:
+            return self.left, self.right
+        return self.left @ cayley(self.skew[0]), self.right @ cayley(self.skew[1])
 
     def diagonal(self) -> Tensor | None:
         """d [channels of the writer]."""
@@ -53,7 +62,7 @@ class Affine:
         diagonal = self.diagonal()
         if diagonal is not None:
             x = x / self.spread(diagonal).to(x.dtype)
-        turned = rotate(x, self._stored(self.left), self._stored(self.right))
+        turned = rotate(x, *map(self._stored, self.factors()))
         blocks = x.shape[-1] // (len(self.left) * len(self.right))
         rows = turned.unflatten(-1, (blocks, -1))
         return on_grid(rows, scheme.act.bits, torch.sigmoid(self.clip).to(x.dtype)).flatten(-2)
@@ -64,12 +73,21 @@ class Affine:
         assert bits is not None
         if diagonal is not None:
             weight = weight * self.spread(diagonal)
-        inverses = [torch.linalg.inv(self._stored(factor)).T for factor in (self.left, self.right)]
+        inverses = [torch.linalg.inv(self._stored(factor)).T for factor in self.factors()]
         rows = grouped(rotate(weight, *inverses), bits)
         return on_grid(rows, bits.bits, torch.sigmoid(self.weight_clip[name])).reshape(weight.shape)
 
     def _stored(self, factor: Tensor) -> Tensor:
         return factor + (factor.to(self.dtype).to(factor.dtype) - factor).detach()
+
+
+def cayley(free: Tensor) -> Tensor:
+    """The rotation (I - A)(I + A)⁻¹ with A = S - Sᵀ, of any S [n, n]; the identity for zero.
+
+    Source: the Cayley transform, as SpinQuant (arXiv 2405.16406) learns rotations along it.
+    """
+    skew, one = free - free.T, torch.eye(len(free), dtype=free.dtype)
+    return torch.linalg.solve(one + skew, one - skew)
 
 
 def grouped(weight: Tensor, bits: Int) -> Tensor:

@@ -49,6 +49,8 @@ class AutoRound(Pass):
     """Train rounding offsets."""
     enable_minmax_tuning: bool = True
     """Train scales."""
+    quantized_act: bool = True
+    """Put activations on their grids while training; false is the reference tool's way, weights alone."""
     quantized_input: bool = True
     """Train on what the quantized blocks before hand on; false is the reference tool's float chain."""
     strategies: tuple[str | Rule, ...] = ()
@@ -66,7 +68,7 @@ class AutoRound(Pass):
     @property
     def training(self) -> Training:
         """The options as the training takes them."""
-        return Training(self.iters, self.enable_round_tuning, self.enable_minmax_tuning)
+        return Training(self.iters, self.enable_round_tuning, self.enable_minmax_tuning, self.quantized_act)
 
     @property
     def needs_training(self) -> bool:

@@ -53,6 +53,7 @@ class Training:
     iters: int
     round_tuning: bool
     scale_tuning: bool
+    quantized_act: bool = True
 
     @property
     def moves(self) -> bool:
@@ -71,10 +72,12 @@ class BlockRounding:
         self.weights: dict[str, Tensor] = {n: dequantize(q.weight, q.scale) for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
         self.trains = self.training = False
+        self.quantized_act = True
 
     def solve(self, training: Training | None = None) -> Mapping[str, QuantizedLinear]:
         """The quantized linears by name; None keeps the start."""
         self.trains = training is not None and training.moves
+        self.quantized_act = training is None or training.quantized_act
         learned = {name for name in self.swaps if self.learned(name)}
         weighted = learned and self.begin.weighted
         importance = token_importance(self.view, learned, self.where) if weighted else []
@@ -220,7 +223,8 @@ class BlockRounding:
             weight = self.roundings[name].fake()
         elif name in self.weights:
             weight = self.weights[name]
-        x = self.act(name, x) if name in self.weights else x
+        on_grids = name in self.weights and (self.quantized_act or not self.training)
+        x = self.act(name, x) if on_grids else x
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def train(self, training: Training) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ class FlatQuant(Pass):
     """Steps of AdamW per block, one microbatch each."""
     lr: float = 0.01
     """Rate of factors and diagonals; clip ratios move ten times as fast."""
+    factors: Literal["invertible", "orthogonal"] = "invertible"
+    """``orthogonal`` learns rotations (a Cayley parametrisation): fewer degrees of freedom, no weight grows."""
     diagonal: bool = True
     """Learn a scale per channel too, where something that writes the value can take it in."""
     include: tuple[str, ...] = ("*",)
@@ -75,6 +77,8 @@ class FlatQuant(Pass):
             raise ValueError(f"iters={self.iters}: it must not be negative")
         if not 0 < self.lr < 1:
             raise ValueError(f"lr={self.lr}: it must be above 0 and below 1")
+        if self.factors not in ("invertible", "orthogonal"):
+            raise ValueError(f"factors={self.factors}: they are invertible or orthogonal")
 
     @property
     def needs_training(self) -> bool:
@@ -164,7 +168,7 @@ class FlatQuant(Pass):
         view.measures |= {"loss before training": start, "loss after training": best}
         values: dict[Slot, Any] = {}
         for operand, one in found.items():
-            values |= zip(operand.slots, (one.left, one.right, torch.sigmoid(one.clip)), strict=True)
+            values |= zip(operand.slots, (*one.factors(), torch.sigmoid(one.clip)), strict=True)
         scales = {slot for slot in rewrite.slots if slot.name.endswith("/diagonal")}
         for edit in rewrite.edits:
             if isinstance(edit.operand, Vector) and edit.operand.slot in scales and not edit.operand.inverse:
@@ -194,6 +198,8 @@ class FlatQuant(Pass):
             )  # fmt: skip
             left, right = (factor.float().clone() for factor in stored_factors(described))
             one = found[operand] = Affine(left, right, operand.dtype, schemes)
+            if self.factors == "orthogonal":
+                one.skew = (torch.zeros_like(left), torch.zeros_like(right))
             vector = scaled.get(first)
             if vector is not None:
                 one.log_diagonal = torch.zeros(vector.slot.shape)

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qc.compiler.load import load
 from qc.compiler.operand import Kronecker
 from qc.compiler.scheme import W4A4
 from qc.compiler.verify import verify
-from qc.passes.affine import Affine, on_grid, train
+from qc.passes.affine import Affine, cayley, on_grid, train
 from qc.runtime.hadamard import random_hadamard
 from qc.runtime.kronecker import fold, rotate
 from qc.runtime.quantize import fake_quant_per_token
@@ -40,6 +42,29 @@ def test_a_grid_is_that_of_the_runtime() -> None:
     x = randn(6, 16)
     torch.testing.assert_close(on_grid(x, 4, torch.ones(1)), fake_quant_per_token(x, 4))
     torch.testing.assert_close(on_grid(x, 4, torch.full((1,), 0.7)), fake_quant_per_token(x, 4, 0.7))
+
+
+@given(st.integers(0, 30), st.integers(1, 9))
+def test_a_cayley_transform_is_a_rotation(seed: int, order: int) -> None:
+    found = cayley(randn(order, order, seed=seed).double())
+    torch.testing.assert_close(found @ found.T, torch.eye(order, dtype=torch.float64))
+    assert float(torch.linalg.det(found)) == pytest.approx(1)
+    assert torch.equal(cayley(torch.zeros(order, order)), torch.eye(order))
+
+
+@pytest.mark.broad
+def test_learned_rotations_stay_rotations(home: Callable[[str], Home], tmp_path: Path) -> None:
+    passes = "flatquant{iters=8, lr=0.05, factors=orthogonal},gptq"
+    result = compiled(home("llama-128"), tmp_path / "out", passes, scheme="w4a4")
+    assert result.journal.worst < 1e-12
+    start = random_hadamard(8, result.plan.seed).float()
+    moved = 0
+    for name, factor in tensors_of(tmp_path / "out").items():
+        if name.endswith(("left_trans", "right_trans")):
+            wide = factor.float()
+            torch.testing.assert_close(wide @ wide.T, torch.eye(len(wide)), atol=0.02, rtol=0)
+            moved += len(wide) == 8 and not torch.allclose(wide, start, atol=0.02)
+    assert moved
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -140,7 +165,7 @@ def test_a_width_that_the_kernel_cannot_split_is_a_problem() -> None:
     assert any("the kernel needs" in problem and "exclude it" in problem for problem in found), found
 
 
-@pytest.mark.parametrize("options", ["iters=-1", "lr=0", "lr=1.5"])
+@pytest.mark.parametrize("options", ["iters=-1", "lr=0", "lr=1.5", "factors=round"])
 def test_options_out_of_range_are_refused(options: str) -> None:
     from qc.compiler.errors import Refused
     from qc.compiler.spelling import passes_of
