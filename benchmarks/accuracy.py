@@ -111,6 +111,16 @@ RECIPES |= {
 """Rows of everything that acts on activations: each with the row that it claims to improve on, in divergence."""
 
 
+LITERATURE = {
+    "smoothquant-o1": Recipe("smooth_quant,linear_quant", "w8a8-pt"),
+    "smoothquant-o3": Recipe("smooth_quant,linear_quant", "w8a8-static-symmetric-pt"),
+    "zeroquant": Recipe("linear_quant", "w8a8-g64", target="modelslim"),
+    "outlier-suppression": Recipe("fuse_norms,linear_quant{act_method=histogram}", "w8a8-static"),
+}
+RECIPES |= LITERATURE
+"""What papers did, in the granularities that they did it in; more of them stand under other names."""
+
+
 TRANSFORMS = {
     "none": "",
     "quarot": "quarot,",

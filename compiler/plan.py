@@ -20,6 +20,7 @@ from .laws import is_attention
 from .program import Program
 from .roles import mixtures, roles_of
 from .scheme import Scheme, matches
+from .scheme_names import scheme_named
 from .sharing import consistent
 from .spelling import passes_of
 
@@ -193,7 +194,7 @@ def scheme_of(chosen: Iterable[Pass], given: str | Scheme | None) -> Scheme:
     """The scheme of a plan: a registered name or a scheme, or what stands for none."""
     if given is None:
         return OF_THE_PASSES if all_have_formats(chosen) else registry.get("schemes", "auto")
-    return registry.get("schemes", given) if isinstance(given, str) else given
+    return scheme_named(given) if isinstance(given, str) else given
 
 
 def unread_scheme(chosen: Iterable[Pass], scheme: str | Scheme | None) -> list[str]:

@@ -85,13 +85,15 @@ class LinearScheme:
         if self.static and self.act is not None and self.act.symmetric:
             act += "-symmetric"
         name = f"w{self.weight.bits}a{act}"
-        return name + (f"-g{self.weight.group}" if self.weight.group else "")
+        name += f"-g{self.weight.group}" if self.weight.group else ""
+        return name + ("-pt" if self.weight.per == "tensor" else "")
 
     def __str__(self) -> str:
         weight = f"W{self.weight.bits}" if self.weight else "W16"
         act = f"A{self.act.bits}" if self.act else "A16"
         group = f" g{self.weight.group}" if self.weight and self.weight.group else ""
-        return weight + act + SPELLED.get(self.scope or "", "").replace("-", " ") + group
+        one = " weights per tensor" if self.weight and self.weight.per == "tensor" else ""
+        return weight + act + SPELLED.get(self.scope or "", "").replace("-", " ") + group + one
 
 
 FLOAT = LinearScheme()

@@ -91,7 +91,9 @@ def cayley(free: Tensor) -> Tensor:
 
 
 def grouped(weight: Tensor, bits: Int) -> Tensor:
-    """[out, in] as [out, groups, in / groups]."""
+    """[out, in] with what shares a scale along the last axis: [out, groups, in / groups], or [1, 1, out · in]."""
+    if bits.per == "tensor":
+        return weight.reshape(1, 1, -1)
     return weight.unflatten(-1, (-1, bits.group or weight.shape[-1]))
 
 

@@ -21,8 +21,8 @@ from .act_range import static_range
 from .column_rounding import gptq
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
-from .scale_search import search_scale
 from .sign_sgd import Rounding, preconditioner, train
+from .weight_scale import weight_scale
 
 LEARNED_BITS = 4
 """Widest integers that are worth training: 8 bits are rounded to nearest."""
@@ -177,12 +177,13 @@ class BlockRounding:
             raise AssertionError(f"{name} was not run")
 
     def alike(self, names: list[str]) -> list[list[str]]:
-        """Linears whose weights get the same integers: they are searched as one."""
+        """Linears whose weights get integers of one kind, and share no scale: they are searched as one."""
         found: dict[object, list[str]] = {}
         for name in names:
-            found.setdefault(
-                (self.scheme(name).weight, scale_dtype(self.view, name, self.scheme(name))), []
-            ).append(name)
+            weight = self.scheme(name).weight
+            own = name if weight is not None and weight.per == "tensor" else ""
+            kind = (weight, scale_dtype(self.view, name, self.scheme(name)), own)
+            found.setdefault(kind, []).append(name)
         return list(found.values())
 
     def search(self, names: list[str], hessian: Tensor, steps: Tensor | None) -> None:
@@ -190,7 +191,7 @@ class BlockRounding:
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
         weight = torch.cat([self.view.weight(name) for name in names])
-        scale = search_scale(weight, bits.bits, bits.group, held, hessian.diagonal())
+        scale = weight_scale(weight, bits, held, "clip", hessian.diagonal())
         try:
             integers, compensated = gptq(
                 weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order
@@ -205,7 +206,7 @@ class BlockRounding:
         for name, integer, target, step in zip(names, *pieces, strict=True):
             self.done[name] = replace(self.done[name], weight=integer, scale=step)
             if steps is not None:
-                self.roundings[name] = Rounding(target, step, bits.bits, held, steps)
+                self.roundings[name] = Rounding(target, step, bits.bits, held, steps, bits.per == "tensor")
 
     def act(self, name: str, x: Tensor) -> Tensor:
         """The input of a quantized linear on its grid; the gradient passes straight through."""

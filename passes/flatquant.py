@@ -21,7 +21,7 @@ from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from ..runtime.hadamard import has_hadamard
 from ..runtime.kronecker import split
-from .affine import Affine, train
+from .affine import Affine, grouped, train
 from .block_rounding import HELD_OUT
 from .importance import relative_error
 from .sites import block_linears, width_in
@@ -206,9 +206,8 @@ class FlatQuant(Pass):
                 one.spread = _spread(vector)
             for name, scheme in schemes.items():
                 assert scheme.weight is not None
-                width = view.weight(name).shape
-                groups = width[1] // (scheme.weight.group or width[1])
-                one.weight_clip[name] = one.clip.repeat(width[0], groups, 1)
+                rows, groups, _ = grouped(view.weight(name), scheme.weight).shape
+                one.weight_clip[name] = one.clip.repeat(rows, groups, 1)
         return found
 
 

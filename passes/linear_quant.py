@@ -19,10 +19,9 @@ from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .act_range import STATISTICS, static_range
 from .minmax import rounded_weight, scale_dtype
-from .scale_search import search_scale
 from .sites import block_linears, width_in, width_out
-from .ssz import ssz_scale
 from .strategies import check_methods, setting_of
+from .weight_scale import weight_scale
 
 NEEDS = {"clip": "meansquare"}
 """Weight methods that ask for a statistic of the input."""
@@ -155,13 +154,9 @@ class LinearQuant(Pass):
         }
 
 
-def found_scale(view: BlockView, name: str, operand: Quantize, square: Tensor | None) -> Tensor | None:
-    """Scales [out, groups] by the method of the operand; None for those of the largest weight."""
+def found_scale(view: BlockView, name: str, operand: Quantize, square: Tensor | None) -> Tensor:
+    """Scales [out, groups] by the method of the operand."""
     weight = operand.scheme.weight
     assert weight is not None
     held = scale_dtype(view, name, operand.scheme)
-    if operand.weight_method == "ssz":
-        return ssz_scale(view.weight(name), weight.bits, weight.group, held)
-    if operand.weight_method == "clip":
-        return search_scale(view.weight(name), weight.bits, weight.group, held, square)
-    return None
+    return weight_scale(view.weight(name), weight, held, operand.weight_method, square)

@@ -8,8 +8,9 @@ from torch import Tensor
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
 from ..runtime.formats import format_of
-from ..runtime.quantize import quantize, round_scale, scale_for
+from ..runtime.quantize import quantize
 from ..runtime.quantized import QuantizedLinear
+from .weight_scale import weight_scale
 
 
 def rounded_weight(
@@ -18,9 +19,9 @@ def rounded_weight(
 ) -> QuantizedLinear:  # fmt: skip
     """Round a weight to nearest on ``scale``, by default ``max|W| / qmax`` per row or group in the server's dtype."""
     weight = view.weight(name)
-    if scale is None:
-        scale = weight_scale(weight, scheme, scale_dtype(view, name, scheme))
     assert scheme.weight is not None
+    if scale is None:
+        scale = weight_scale(weight, scheme.weight, scale_dtype(view, name, scheme))
     return QuantizedLinear(
         weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
@@ -41,11 +42,3 @@ def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype
     rotated = f"{name}.left_trans" in view.tensors and name not in view.online
     act_bits = scheme.act.bits if scheme.act else None
     return format_of(scheme.weight.bits, act_bits, scheme.scope, rotated).scale_dtype(view.export_dtype)
-
-
-def weight_scale(weight: Tensor, scheme: LinearScheme, dtype: torch.dtype) -> Tensor:
-    """Symmetric scales [out, 1] or [out, groups] of a weight [out, in], float32 values of ``dtype``."""
-    assert scheme.weight is not None
-    group = scheme.weight.group or weight.shape[1]
-    absmax = weight.view(weight.shape[0], -1, group).abs().amax(-1)
-    return round_scale(scale_for(absmax, scheme.weight.bits), dtype)

@@ -10,10 +10,8 @@ from torch import Tensor
 from ..compiler.scheme import Int, LinearScheme
 from ..runtime.quantize import dequantize, fake_quant_per_token, quantize
 from .act_range import act_scale
-from .minmax import weight_scale
-from .scale_search import search_scale
 from .smoothing import Subgraph
-from .ssz import ssz_scale
+from .weight_scale import weight_scale
 
 STEPS = 20
 """Steps of a grid over [0, 1]."""
@@ -62,15 +60,8 @@ def fake_weight(weight: Tensor, scheme: LinearScheme, method: str) -> Tensor:
     if format is None:
         return weight
     if format.group and weight.shape[1] % format.group:  # a place may be a part of what a reader reads
-        scheme = LinearScheme(Int(format.bits, "channel"))
-        format = scheme.weight
-        assert format is not None
-    if method == "ssz":
-        scale = ssz_scale(weight, format.bits, format.group, torch.float32)
-    elif method == "clip":
-        scale = search_scale(weight, format.bits, format.group, torch.float32)
-    else:
-        scale = weight_scale(weight, scheme, torch.float32)
+        format = Int(format.bits, "channel")
+    scale = weight_scale(weight, format, torch.float32, method)
     return dequantize(quantize(weight, scale, format.bits), scale)
 
 

@@ -42,10 +42,13 @@ class Rounding:
     bits: int
     scale_dtype: torch.dtype
     steps: Tensor
+    per_tensor: bool = False
+    """Whether all rows have one scale, and keep it."""
 
     def __post_init__(self) -> None:
         self.offset = torch.zeros_like(self.weight).requires_grad_()
-        self.stretch = torch.ones_like(self.scale).requires_grad_()
+        stretch = self.scale[:1, :1] if self.per_tensor else self.scale
+        self.stretch = torch.ones_like(stretch).requires_grad_()
 
     def current_scale(self) -> Tensor:
         """[out, groups] as the server will hold it, with a straight-through gradient."""

@@ -11,7 +11,8 @@ from ..compiler.contract import Pass, Setting
 from ..compiler.errors import Refused
 from ..compiler.plan import unused_rules
 from ..compiler.program import Program
-from ..compiler.scheme import FLOAT, Int, Rule, Scheme
+from ..compiler.scheme import FLOAT, Rule, Scheme
+from ..compiler.scheme_names import scheme_named
 
 WEIGHT_METHODS, ACT_METHODS = ("minmax", "ssz", "clip"), ("histogram",)
 """Methods that may stand behind an ``@``."""
@@ -21,7 +22,7 @@ def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
     """The rules that ``SCHEME:GLOB|!GLOB`` items (no globs: every linear) and ready rules spell, in their order.
 
     ``SCHEME@METHOD``, such as ``w4a16@ssz`` or ``w8a8-static@histogram``, says how scales are found.
-    A glob after ``!`` excludes. ``-gN`` after a scheme gives its weights groups of N input channels. A linear that no
+    A glob after ``!`` excludes. Schemes are spelled as ``--scheme`` takes them (``scheme_named``). A linear that no
     item matches stays float, as in the recipe's ``strategies``.
 
     Raises:
@@ -39,7 +40,7 @@ def own_scheme(strategies: Iterable[str | Rule]) -> Scheme:
         name, *methods = (word.strip() for word in name.split("@"))
         rules += [
             replace(rule, include=include, exclude=exclude, **found_by(methods))
-            for rule in named(name).rules or (Rule(scheme=FLOAT),)
+            for rule in scheme_named(name).rules or (Rule(scheme=FLOAT),)
         ]
     return Scheme("strategies", tuple(rules))
 
@@ -71,21 +72,6 @@ def found_by(methods: Iterable[str]) -> dict[str, Any]:
             raise Refused(registry.unknown("method", method, [*WEIGHT_METHODS, *ACT_METHODS]))
         found["act_method" if method in ACT_METHODS else "weight_method"] = method
     return found
-
-
-def named(name: str) -> Scheme:
-    """A registered scheme, or one of them with groups: ``w4a16-g128``. Refused for an unknown name."""
-    base, _, size = name.rpartition("-g")
-    known = registry.names("schemes")
-    if name in known or base not in known or not size.isdecimal() or int(size) < 1:
-        return registry.get("schemes", name)
-    scheme: Scheme = registry.get("schemes", base)
-    rules = []
-    for rule in scheme.rules:
-        weight = rule.scheme.weight
-        grouped = weight and Int(weight.bits, "group", group=int(size), symmetric=weight.symmetric)
-        rules.append(replace(rule, scheme=replace(rule.scheme, weight=grouped)))
-    return Scheme(name, tuple(rules))
 
 
 def setting_of(

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from qc.compiler.errors import Failed
 from qc.compiler.observe import Observers
 from qc.compiler.operand import Statistic
-from qc.compiler.scheme import W4A16, Int, LinearScheme
+from qc.compiler.scheme import Int, LinearScheme
 from qc.compiler.statistics import BINS, KINDS, ROWS, Histogram, Sample
 from qc.passes.act_range import act_scale, clipped_range, input_range
-from qc.passes.minmax import weight_scale
 from qc.passes.ssz import ssz_scale
+from qc.passes.weight_scale import weight_scale
 from qc.runtime.quantize import dequantize, quantize
 
 
@@ -137,8 +137,8 @@ def test_the_tails_of_a_gaussian_are_cut_where_steps_are_coarse() -> None:
 def test_ssz_is_no_worse_than_the_largest_weight(group: int) -> None:
     weight = randn(8, 64)
     weight[0, 0] = 8.0
-    scheme = W4A16 if not group else type(W4A16)(Int(4, "group", group=group))
-    plain, fitted = weight_scale(weight, scheme, torch.float32), ssz_scale(weight, 4, group, torch.float32)
+    format = Int(4, "group", group=group) if group else Int(4, "channel")
+    plain, fitted = weight_scale(weight, format, torch.float32), ssz_scale(weight, 4, group, torch.float32)
     assert plain.shape == fitted.shape
 
     def off(scale: torch.Tensor) -> torch.Tensor:

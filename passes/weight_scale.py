@@ -1,0 +1,35 @@
+"""Scales of a weight by the method that a plan names, for every granularity of its format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compiler.scheme import Int
+from ..runtime.quantize import round_scale, scale_for
+from .scale_search import search_scale
+from .ssz import ssz_scale
+
+
+def weight_scale(
+    weight: Tensor, format: Int, dtype: torch.dtype, method: str = "minmax", importance: Tensor | None = None
+) -> Tensor:
+    """Symmetric scales [out, 1] or [out, groups], float32 values of ``dtype``; one per tensor stands in every row.
+
+    Args:
+        weight: [out, in] float32.
+        format: Its bits and what shares a scale.
+        dtype: In which the server holds scales.
+        method: ``minmax`` (the largest weight), ``ssz``, ``clip``.
+        importance: [in], the mean square of each input channel, for ``clip``.
+    """
+    if format.per == "tensor":
+        spread = None if importance is None else importance.repeat(len(weight))
+        one = weight_scale(weight.reshape(1, -1), Int(format.bits, "channel"), dtype, method, spread)
+        return one.expand(len(weight), 1).contiguous()
+    if method == "ssz":
+        return ssz_scale(weight, format.bits, format.group, dtype)
+    if method == "clip":
+        return search_scale(weight, format.bits, format.group, dtype, importance)
+    rows = weight.view(weight.shape[0], -1, format.group or weight.shape[1])
+    return round_scale(scale_for(rows.abs().amax(-1), format.bits), dtype)
