@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..runtime.kronecker import fold
+from ..runtime.low_rank import FACTORS
 from .errors import Failed
 from .operand import (
     Gain,
     Hadamard,
     Kronecker,
+    LowRank,
     NormBias,
     Operand,
     Quantize,
@@ -42,6 +44,7 @@ class Verb(Enum):
     ROTATE_IN = "W <- W Q"
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
+    BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x)"
     SWAP = "a quantized linear in its place"
     STUB = "q, k or v of an attention on an int8 grid"
     UNTIE = "a tensor of its own instead of a shared one"
@@ -56,7 +59,7 @@ class Edit:
     operand: Operand = None
 
     def __str__(self) -> str:
-        shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker)) else ""
+        shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker, LowRank)) else ""
         if isinstance(self.operand, Stub):
             shown = f" {self.operand}"
         if isinstance(self.operand, Quantize):
@@ -68,6 +71,8 @@ class Edit:
         """The unknowns in it."""
         if isinstance(self.operand, Kronecker):
             return self.operand.slots
+        if isinstance(self.operand, LowRank):
+            return self.operand.first, self.operand.second
         return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize, Stub)) else ()
 
 
@@ -209,6 +214,14 @@ def _wrap(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dt
         tensors["clip_ratio"] = values[clip].to(dtype)
 
 
+def _branch(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    operand = edit.operand
+    assert isinstance(operand, LowRank)
+    first, second = (values[slot].to(operand.dtype).to(dtype) for slot in (operand.first, operand.second))
+    tensors["weight"] = tensors["weight"] - second @ first
+    tensors |= dict(zip(FACTORS, (first, second), strict=True))
+
+
 def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
     return
 
@@ -216,7 +229,7 @@ def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get,
 VERBS = {
     Verb.SCALE_OUT: _scale_out, Verb.SCALE_IN: _scale_in, Verb.SHIFT_OUT: _shift_out, Verb.SHIFT_IN: _shift_in,
     Verb.ROTATE_OUT: _rotate_out, Verb.ROTATE_IN: _rotate_in, Verb.SET_UNIT: _set_unit, Verb.WRAP: _wrap,
-    Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
+    Verb.BRANCH: _branch, Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
 }  # fmt: skip
 
 

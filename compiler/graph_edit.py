@@ -9,9 +9,10 @@ from torch import fx
 
 from ..runtime.attention_grid import GRIDS
 from ..runtime.kronecker import rotate
+from ..runtime.low_rank import FACTORS, low_rank
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Kronecker, Quantize, Stub
+from .operand import Kronecker, LowRank, Quantize, Stub
 from .program import Program
 
 
@@ -53,6 +54,9 @@ def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewri
     elif verb is Verb.WRAP:
         assert isinstance(operand, Kronecker)
         _insert_rotation(program, node, operand)
+    elif verb is Verb.BRANCH:
+        assert isinstance(operand, LowRank)
+        _insert_branch(program, node, operand)
     elif verb is Verb.SWAP:
         assert isinstance(operand, Quantize)
         node.meta["scheme"] = operand.scheme
@@ -91,6 +95,24 @@ def _insert_rotation(program: Program, node: fx.Node, rotation: Kronecker) -> No
     right.meta = {"part": part, "val": value.new_empty((rotation.right, rotation.right))}
     rotated.meta = {"part": part, "val": value, "note": f"online {rotation}"}
     node.meta["rotated"] = rotation
+
+
+def _insert_branch(program: Program, node: fx.Node, branch: LowRank) -> None:
+    """``linear(x)`` becomes ``linear(x) + low_rank(x, l1, l2)``."""
+    source, part, value = node.args[0], node.meta["part"], node.meta["val"]
+    assert isinstance(source, fx.Node)
+    with program.graph.inserting_before(node):
+        held = [program.graph.create_node("get_attr", f"{node.target}.{leaf}") for leaf in FACTORS]
+    for one, slot in zip(held, (branch.first, branch.second), strict=True):
+        one.meta = {"part": part, "val": value.new_empty(slot.shape)}
+    with program.graph.inserting_after(node):
+        beside = program.graph.call_function(low_rank, (source, *held))
+    with program.graph.inserting_after(beside):
+        total = program.graph.call_function(torch.ops.aten.add.Tensor, (node, beside))
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    beside.meta = {"part": part, "val": value, "note": f"branch of {branch}"}
+    total.meta = {"part": part, "val": value}
+    node.meta["branch"] = branch
 
 
 def _insert_stub(program: Program, module: str, stub: Stub) -> None:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 
 from ..runtime.formats import FORMATS
 from ..runtime.linear import ROTATIONS, IntegerLinear
+from ..runtime.low_rank import FACTORS, SUFFIX
 from ..runtime.norm import RMSNormBias
 from ..runtime.w4a8 import SHARES, W4A8Dynamic
 from .capture_attention import NAME
@@ -233,14 +234,16 @@ def format_on_meta(
     Raises:
         Refused: There is no such type, or the shapes are not those of one.
     """
-    if kind not in FORMATS:
+    branched, kind = kind.endswith(SUFFIX), kind.removesuffix(SUFFIX)
+    format = FORMATS.get(kind)
+    if format is None or (branched and (format.packed or format.rotated)):
+        kind += SUFFIX * branched
         raise Refused(f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}")
     weight = entries[f"{prefix}.weight"]
     if len(weight.shape) != 2:
         raise Refused(f"{where} has an integer weight of {len(weight.shape)} axes, a linear has 2")
     out_features, in_features = weight.shape
     options: dict[str, Any] = {}
-    format = FORMATS[kind]
     if issubclass(format, W4A8Dynamic):
         shares = entries.get(f"{prefix}.scale_bias")
         out_features, options["row_parallel"] = (
@@ -257,6 +260,9 @@ def format_on_meta(
         if all(factor is not None for factor in factors):
             sizes = [factor.shape[0] for factor in factors if factor is not None]
             options["rotation"] = (turn, sizes[0], sizes[1] if len(sizes) > 1 else in_features // sizes[0])
+    if branched:
+        first = entries.get(f"{prefix}.{FACTORS[0]}")
+        options["rank"] = first.shape[0] if first is not None else 1
     scale = entries.get(f"{prefix}.weight_scale")
     groups = scale.shape[-1] if scale is not None and scale.shape else 1
     try:

@@ -260,4 +260,21 @@ class Stub:
         return ("kv_cache_scale", "kv_cache_offset") if self.kind == "cache" else ("scale", "offset")
 
 
-Operand = Vector | Gain | NormBias | Hadamard | Kronecker | Quantize | Stub | None
+@dataclass(frozen=True)
+class LowRank:
+    """A branch beside a linear: ``first`` L1 [rank, in] and ``second`` L2 [out, rank], rounded to ``dtype``."""
+
+    first: Slot
+    second: Slot
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """Directions that it keeps."""
+        return self.first.shape[0]
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}"
+
+
+Operand = Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Quantize | Stub | None

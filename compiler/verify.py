@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.linear import ROTATIONS, IntegerLinear
+from ..runtime.low_rank import FACTORS, SUFFIX
 from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
 from .errors import Refused
@@ -186,7 +187,8 @@ def _modules(
         owner = owned.get(name)
         if owner is None and kind in GRIDS:
             continue
-        want = FLOAT if owner is None or name.endswith(".bias") else modules[owner].type
+        beside = owner is None or name.rpartition(".")[2] in ("bias", *FACTORS)
+        want = FLOAT if beside else modules[owner].type + (SUFFIX if modules[owner].rank else "")
         if kind not in (want, FLOAT if name.endswith(".bias") else want):
             wrong.append(f"{name} has the type {kind}, its linear is {want}")
     for prefix, module in modules.items():

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
 from ..runtime.formats import format_of
+from ..runtime.low_rank import FACTORS
 from ..runtime.quantize import quantize
 from ..runtime.quantized import QuantizedLinear
 from .weight_scale import weight_scale
@@ -26,8 +27,14 @@ def rounded_weight(
         weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
         left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
-        online=view.online.get(name), clip=clip_ratio(view, name),
+        online=view.online.get(name), clip=clip_ratio(view, name), branch=branch_of(view, name),
     )  # fmt: skip
+
+
+def branch_of(view: BlockView, name: str) -> tuple[Tensor, Tensor] | None:
+    """The low-rank branch beside a linear, where it has one."""
+    first, second = (view.tensors.get(f"{name}.{leaf}") for leaf in FACTORS)
+    return None if first is None or second is None else (first, second)
 
 
 def clip_ratio(view: BlockView, name: str) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .int_matmul import int_matmul
 from .kronecker import rotate
+from .low_rank import FACTORS, low_rank
 from .quantize import dequantize
 from .quantized import QuantizedLinear
 
@@ -53,6 +54,7 @@ class IntegerLinear(nn.Module, ABC):
         group_size: int = 0,
         device: torch.device | str | None = None,
         rotation: tuple[str, int, int] | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         if group_size and (not self.grouped or in_features % group_size):
@@ -65,14 +67,17 @@ class IntegerLinear(nn.Module, ABC):
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.group_size = dtype, group_size
         self.register_buffer("bias", None)
-        self.rotation = rotation
-        for name, (kind, shape) in {**self.tensors(bias), **self.rotation_tensors()}.items():
+        self.rotation, self.rank = rotation, rank
+        stored = {**self.tensors(bias), **self.rotation_tensors(), **self.branch_tensors()}
+        for name, (kind, shape) in stored.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
 
     weight: Tensor
     bias: Tensor | None
     rotation: tuple[str, int, int] | None = None
     """An online rotation of the reference tool before it: ``heads`` or ``kronecker``, and the sizes of its factors."""
+    rank: int = 0
+    """Rank of the float branch beside it; 0 for none."""
 
     def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name to (dtype, shape) of everything stored; the bias, when present, is in the model's dtype."""
@@ -92,6 +97,11 @@ class IntegerLinear(nn.Module, ABC):
             return {}
         kind, *sizes = self.rotation
         return {name: (self.dtype, (size, size)) for name, size in zip(ROTATIONS[kind], sizes, strict=False)}
+
+    def branch_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name to (dtype, shape) of the factors of a low-rank branch."""
+        shapes = (self.rank, self.in_features), (self.out_features, self.rank)
+        return {name: (self.dtype, shape) for name, shape in zip(FACTORS, shapes, strict=True) if self.rank}
 
     @classmethod
     def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
@@ -115,7 +125,9 @@ class IntegerLinear(nn.Module, ABC):
         }
         if q.bias is not None:
             packed["bias"] = q.bias.to(dtype)
-        return packed | cls._factors(q, dtype)
+        branch = q.branch or ()
+        factors = {name: factor.to(dtype) for name, factor in zip(FACTORS, branch, strict=False)}
+        return packed | cls._factors(q, dtype) | factors
 
     @classmethod
     def _factors(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -166,7 +178,10 @@ class IntegerLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features] in the dtype of x."""
-        y = self.rows(self.turned(x.reshape(-1, self.in_features)))
+        rows = self.turned(x.reshape(-1, self.in_features))
+        y = self.rows(rows)
+        if self.rank:
+            y = y + low_rank(rows, *(self.get_buffer(name) for name in FACTORS)).to(y.dtype)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)

@@ -31,5 +31,7 @@ class QuantizedLinear:
     """[b, b], the right factor."""
     online: str | None = None
     """The kind of a rotation that is stored as the reference tool does: ``heads`` or ``kronecker``."""
+    branch: tuple[Tensor, Tensor] | None = None
+    """A low-rank branch beside it, [rank, in] and [out, rank], already taken off the weight."""
     clip: float = 1.0
     """Ratio in (0, 1] by which the per-token scale of the activation is cut."""

@@ -54,8 +54,8 @@ REFUSED = {
     HEAD + "    - type: [quarot]": ["type is the name of a pass; this is a list"],
     HEAD + "    - type: iter_smoth": ["line 4: unknown pass 'iter_smoth'; did you mean iter_smooth"],
     HEAD + "    - type: flex_smoth_quant": ["did you mean flex_smooth_quant"],
-    HEAD + "    - type: float_sparse": [
-        "line 4: float_sparse is not supported yet; there are adapt_residual"
+    HEAD + "    - type: binary_analysis": [
+        "line 4: binary_analysis is not supported yet; there are adapt_residual"
     ],
     HEAD + "    - type: iter_smooth\n      alhpa: 0.5": [
         "line 5: unknown option of iter_smooth 'alhpa'; did you mean alpha?"
@@ -104,7 +104,7 @@ REFUSED = {
     HEAD + "    - {type: quarot, online: true, down_proj_online_layers: [-1]}": ["layers are counted from 0"],
     HEAD + "    - {type: group}": ["line 4: group has a list of passes"],
     HEAD + "    - {type: group, configs: [{type: quarrot}]}": ["unknown pass 'quarrot'; did you mean quarot"],
-    HEAD + "    - {type: svd_res, rank: 3}": ["line 4: svd_res is not supported yet"],
+    HEAD + "    - {type: unary_analysis, metrics: std}": ["line 4: unary_analysis is not supported yet"],
     HEAD + "    - {type: dynamic_cache, qconfig: {dtype: int8, scope: per_token}}": [
         "line 4: the qconfig of dynamic_cache: scope per_token is not supported: there is per_channel"
     ],

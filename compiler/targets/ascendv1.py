@@ -9,6 +9,7 @@ import torch
 
 from ...runtime.formats import format_of as runtime_format
 from ...runtime.linear import ROTATIONS, IntegerLinear
+from ...runtime.low_rank import FACTORS, SUFFIX
 from ...runtime.w4a4 import W4A4FlatQuantDynamic
 from ...runtime.w4a8 import W4A8Dynamic
 from ..errors import Refused
@@ -61,6 +62,8 @@ def linear_tensors(
     options: dict[str, Any] = {"bias": site.bias, "dtype": dtype, "group_size": group, "device": "meta"}
     if site.online is not None:
         options["rotation"] = (site.online.layout, site.online.left, site.online.right)
+    if site.rank:
+        options["rank"] = site.rank
     if issubclass(format, W4A4FlatQuantDynamic):
         options["blocks"] = site.blocks
     if issubclass(format, W4A8Dynamic):
@@ -99,7 +102,8 @@ def layout(
                 full = f"{prefixes[module]}.{part}"
                 specs[full] = stored
                 if part not in TURNS:  # the reference tool names no types of them
-                    types[full] = FLOAT_TYPE if part == "bias" else format.type
+                    own_type = format.type + (SUFFIX if site.rank else "")
+                    types[full] = FLOAT_TYPE if part in ("bias", *FACTORS) else own_type
     groups = [s.scheme.weight.group for s in sites if s.scheme.weight and s.scheme.weight.group]
     stubs: dict[str, str] = {}
     for grid in model.grids:
@@ -172,7 +176,7 @@ def merged(kinds: Mapping[str, str]) -> str:
 
 def description(layout: Layout) -> dict[str, Any]:
     """``quant_model_description.json``: a type for every tensor in the order of writing, then global keys."""
-    present = set(layout.types.values())
+    present = {kind.removesuffix(SUFFIX) for kind in layout.types.values()}
     return {
         **layout.types,
         **layout.facts,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ class ModelSlim(Target):
         found: list[Problem] = []
         for site in sites:
             weight = site.scheme.weight
-            if weight is None and not site.rotated:
+            if weight is None and not site.rotated and not site.rank:
                 continue
             if weight is not None and weight.group and site.in_features % weight.group:
                 found.append(
@@ -41,6 +41,7 @@ class ModelSlim(Target):
                         "take a group size that does, or exclude it",
                     )
                 )
+            found += branch_problems(site, self.format_of(site.scheme, site.rotated))
             if self.format_of(site.scheme, site.rotated) is None:
                 rotated = " behind an online rotation" if site.rotated else ""
                 shown = site.scheme if site.scheme.quantized else "a float linear"
@@ -76,3 +77,18 @@ class ModelSlim(Target):
 
 
 MODELSLIM = ModelSlim()
+
+
+def branch_problems(site: LinearSite, format: type[IntegerLinear] | None) -> Iterator[Problem]:
+    """A low-rank branch stands beside integer linears that take their input as it is, and not beside others."""
+    if not site.rank:
+        return
+    if not site.scheme.quantized:
+        why = "it has a low-rank branch and stays float, and the layout has branches beside integers only"
+    elif site.rotated or site.online is not None:
+        why = "it has a low-rank branch and an online rotation, and the layout does not say which reads which"
+    elif format is not None and format.packed:
+        why = f"it has a low-rank branch, and the layout has none beside {format.type}"
+    else:
+        return
+    yield Problem("branch", site.name, why, "exclude it from svd_res")

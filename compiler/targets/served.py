@@ -10,7 +10,7 @@ import torch
 from ..attention_sites import attention_sites
 from ..edit import Verb
 from ..laws import is_attention, shape
-from ..operand import Hadamard, Kronecker, Stub
+from ..operand import Hadamard, Kronecker, LowRank, Stub
 from ..roles import read_together, roles_of
 from ..safetensors_io import TensorSpec
 from ..scheme import FLOAT, LinearScheme
@@ -41,6 +41,8 @@ class LinearSite:
     """The block that it is in, counted from 0."""
     online: Kronecker | None = None
     """A rotation of its input that is stored as the reference tool does, beside the linear."""
+    rank: int = 0
+    """Rank of a float branch beside it; 0 for none."""
     reads_with: tuple[str, ...] = ()
     """Other linears that read the same value, found by dataflow."""
     row_parallel: bool = False
@@ -139,6 +141,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
         turned: Kronecker | None = node.meta.get("rotated")
         rotation = turned if turned is not None and turned.layout == "flatquant" else None
         added: str | None = node.meta.get("bias_from")
+        branch: LowRank | None = node.meta.get("branch")
         sites.append(
             LinearSite(
                 name,
@@ -152,6 +155,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 rotation=rotation,
                 block=blocks[node.meta["part"]],
                 online=turned if rotation is None else None,
+                rank=branch.rank if branch is not None else 0,
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
                 expert=name in roles["expert"],

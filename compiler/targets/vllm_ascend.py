@@ -106,6 +106,13 @@ class VllmAscend(Target):
 
     def _type(self, site: LinearSite) -> Iterator[Problem]:
         weight = site.scheme.weight
+        if site.rank:
+            yield Problem(
+                "branch",
+                site.name,
+                f"the server has no linear with a low-rank branch, and this one has one of rank {site.rank}",
+                "leave svd_res out, or --target modelslim",
+            )
         if weight is None:
             if site.rotated:
                 yield self._no_format(site)
