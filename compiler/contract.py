@@ -38,6 +38,7 @@ class Fact(Enum):
     HEADS_ROTATED = "values are rotated within each head"
     ONLINE_ROTATED = "some linears read their input through an online rotation"
     SMOOTHED = "outliers were moved from activations into weights"
+    PRUNED = "weights of some linears are sparse"
     BRANCHED = "some linears have a low-rank branch beside them"
     QUANTIZED = "linears are quantized"
 

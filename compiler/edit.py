@@ -27,6 +27,7 @@ from .operand import (
     Slot,
     Stub,
     Vector,
+    Weight,
     factors_of,
 )
 from .pattern import Site
@@ -45,6 +46,7 @@ class Verb(Enum):
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
     BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x)"
+    SET_WEIGHT = "W <- a solved W"
     SWAP = "a quantized linear in its place"
     STUB = "q, k or v of an attention on an int8 grid"
     UNTIE = "a tensor of its own instead of a shared one"
@@ -73,7 +75,7 @@ class Edit:
             return self.operand.slots
         if isinstance(self.operand, LowRank):
             return self.operand.first, self.operand.second
-        return (self.operand.slot,) if isinstance(self.operand, (Vector, Quantize, Stub)) else ()
+        return (self.operand.slot,) if isinstance(self.operand, (Vector, Weight, Quantize, Stub)) else ()
 
 
 Get = Callable[[str], Tensor | None]
@@ -222,6 +224,13 @@ def _branch(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, 
     tensors |= dict(zip(FACTORS, (first, second), strict=True))
 
 
+def _set_weight(
+    leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
+) -> None:
+    assert isinstance(edit.operand, Weight)
+    tensors["weight"] = values[edit.operand.slot].to(dtype)
+
+
 def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
     return
 
@@ -229,7 +238,7 @@ def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get,
 VERBS = {
     Verb.SCALE_OUT: _scale_out, Verb.SCALE_IN: _scale_in, Verb.SHIFT_OUT: _shift_out, Verb.SHIFT_IN: _shift_in,
     Verb.ROTATE_OUT: _rotate_out, Verb.ROTATE_IN: _rotate_in, Verb.SET_UNIT: _set_unit, Verb.WRAP: _wrap,
-    Verb.BRANCH: _branch, Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
+    Verb.BRANCH: _branch, Verb.SET_WEIGHT: _set_weight, Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..runtime.kronecker import rotate
 from ..runtime.low_rank import FACTORS, low_rank
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Kronecker, LowRank, Quantize, Stub
+from .operand import Kronecker, LowRank, Quantize, Stub, Weight
 from .program import Program
 
 
@@ -57,6 +57,10 @@ def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewri
     elif verb is Verb.BRANCH:
         assert isinstance(operand, LowRank)
         _insert_branch(program, node, operand)
+    elif verb is Verb.SET_WEIGHT:
+        assert isinstance(operand, Weight)
+        node.meta["stored_as"] = operand.type
+        node.meta["note"] = operand.type
     elif verb is Verb.SWAP:
         assert isinstance(operand, Quantize)
         node.meta["scheme"] = operand.scheme

@@ -38,6 +38,8 @@ from .weights import Checkpoint
 
 DESCRIPTION = "quant_model_description.json"
 FLOAT = "FLOAT"
+FLOATS = (FLOAT, "W16A16S")
+"""Types of tensors that are what they are in the float model; the second is of pruned ones."""
 _PROBE = 1e-2
 """Input at which a norm shows its eps: its square is near what eps usually is."""
 
@@ -158,11 +160,11 @@ def _install(
         if disk.endswith(".weight") and disk.removesuffix(".weight") not in types:
             raise Refused(f"{path / DESCRIPTION}: no entry for {disk}, so its type is not known")
     inside = {name for name, module in model.named_modules() if stacks_of(module)}
-    integers = (name_of(f"{prefix}.weight") for prefix, kind in types.items() if kind != FLOAT)
+    integers = (name_of(f"{prefix}.weight") for prefix, kind in types.items() if kind not in FLOATS)
     if any(name.rsplit(".", 3)[0] in inside for name in integers):
         use_experts(model, NAME)
     for prefix, kind in types.items():
-        if kind == FLOAT:
+        if kind in FLOATS:
             continue
         where = f"{path}: {prefix}"
         if f"{prefix}.weight" not in entries:

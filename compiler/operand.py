@@ -277,4 +277,12 @@ class LowRank:
         return f"rank {self.rank}"
 
 
-Operand = Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Quantize | Stub | None
+@dataclass(frozen=True)
+class Weight:
+    """A weight [out, in] in place of the one there is; ``type`` is what a description calls it."""
+
+    slot: Slot
+    type: str
+
+
+Operand = Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Weight | Quantize | Stub | None

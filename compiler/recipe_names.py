@@ -16,7 +16,7 @@ API_VERSIONS: Mapping[str, str] = {
 """Values of ``apiversion`` besides ``modelslim_v1``, and what they are."""
 
 PROCESSORS = frozenset({
-    "float_sparse", "unary_analysis", "binary_analysis",
+    "unary_analysis", "binary_analysis",
     "binary_operator_layer_wise", "binary_operator_model_wise",
 })  # fmt: skip
 

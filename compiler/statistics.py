@@ -223,6 +223,28 @@ class MeanSquare(Mean):
         super().__init__(2)
 
 
+class Hessian(Observed):
+    """``hessian`` [channels, channels]: the mean of ``x xᵀ`` over rows x."""
+
+    def __init__(self) -> None:
+        self.total, self.count = torch.zeros(()), 0
+
+    def add(self, rows: Tensor) -> None:
+        """Take rows in."""
+        rows = rows.float()
+        self.total, self.count = self.total + rows.T @ rows, self.count + len(rows)
+
+    def join(self, other: Observed) -> None:
+        """Take in what another one saw."""
+        assert isinstance(other, Hessian)
+        self.total, self.count = self.total + other.total, self.count + other.count
+
+    @property
+    def value(self) -> Tensor:
+        """[channels, channels]."""
+        return self.total / max(self.count, 1)
+
+
 KINDS: Mapping[str, type[Observed]] = {
     "absmax": AbsMax,
     "range": Range,
@@ -230,6 +252,7 @@ KINDS: Mapping[str, type[Observed]] = {
     "meansquare": MeanSquare,
     "rows": Sample,
     "histogram": Histogram,
+    "hessian": Hessian,
 }
 """What a ``Statistic`` may ask for."""
 

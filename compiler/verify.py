@@ -23,7 +23,7 @@ from .errors import Refused
 from .export import MANIFEST, RUN, digests
 from .journal import FILE as JOURNAL
 from .journal import quantized
-from .load import DESCRIPTION, FLOAT, format_on_meta
+from .load import DESCRIPTION, FLOAT, FLOATS, format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
 from .shards import Shards, find_shards, read_json
 
@@ -173,7 +173,7 @@ def _modules(
     modules: dict[str, IntegerLinear] = {}
     for name, kind in types.items():
         prefix, _, leaf = name.rpartition(".")
-        if kind == FLOAT or leaf != "weight" or name not in shards.entries:
+        if kind in FLOATS or leaf != "weight" or name not in shards.entries:
             continue
         try:
             modules[prefix] = format_on_meta(kind, prefix, shards.entries, dtype or torch.bfloat16, prefix)
@@ -185,7 +185,7 @@ def _modules(
             wrong.append(f"{name} has a type, and factors of online rotations have none")
             continue
         owner = owned.get(name)
-        if owner is None and kind in GRIDS:
+        if owner is None and kind in (*GRIDS, *FLOATS):
             continue
         beside = owner is None or name.rpartition(".")[2] in ("bias", *FACTORS)
         want = FLOAT if beside else modules[owner].type + (SUFFIX if modules[owner].rank else "")

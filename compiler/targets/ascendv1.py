@@ -26,8 +26,11 @@ GLOBAL_ROTATION = {"quarot": {"rotation_map": {"global_rotation": ROTATION_FILE}
 """Where a draft model finds the rotation of the hidden state that it shares."""
 TURNS = frozenset(name for names in ROTATIONS.values() for name in names)
 """Tensors of online rotations that stand in the weights alone."""
+SPARSE_TYPE = "W16A16S"
+"""Float tensors of a linear that was pruned."""
 PRIORITY = (
     FLOAT_TYPE,
+    SPARSE_TYPE,
     "W8A16",
     "W4A16",
     "W8A8_DYNAMIC",
@@ -89,8 +92,9 @@ def layout(
         site = linears.get(module)
         format = choose(site.scheme, site.rotated) if site else None
         if site is None or format is None:
+            kind = FLOAT_TYPE if site is None or site.stored_as is None else site.stored_as
             for full, stored in names.disk_tensors(name, spec).items():
-                specs[full], types[full] = stored, FLOAT_TYPE
+                specs[full], types[full] = stored, kind
         elif leaf == "weight":
             own = names.disk_name(name)
             if not names.separable(name):

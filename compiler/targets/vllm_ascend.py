@@ -114,6 +114,13 @@ class VllmAscend(Target):
                 "leave svd_res out, or --target modelslim",
             )
         if weight is None:
+            if site.stored_as is not None:
+                yield Problem(
+                    "type",
+                    site.name,
+                    f"the server does not know the type {site.stored_as}, in which pruned weights are stored",
+                    "quantize it, leave float_sparse out, or --target modelslim",
+                )
             if site.rotated:
                 yield self._no_format(site)
             return
