@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.divided import owner_of
 from .contract import Basis
 from .edit import Edit, apply, by_module
 from .errors import NotEquivalent
@@ -49,7 +50,7 @@ class Edited(Mapping[str, Tensor]):
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def __getitem__(self, name: str) -> Tensor:
-        module, _, local = name.rpartition(".")
+        module, local = owner_of(name)
         if module not in self.edits:
             return self.base[name].to(self.dtype)
         if self._last[0] != module:

@@ -24,7 +24,6 @@ from .errors import Failed, Refused
 from .export import (
     RUN,
     Output,
-    RunAsOne,
     check_written,
     copy_side_files,
     exported_config,
@@ -44,10 +43,11 @@ from .recipe import Recipe
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
+from .sink import sink_for
 from .solve import Progress, Solver
 from .source import ShapesOnly
 from .targets.ascendv1 import ROTATION_FILE
-from .targets.served import global_rotation, sites_of
+from .targets.served import global_rotation
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
@@ -258,7 +258,7 @@ def _work(
         with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
-                _sink(planned, layout, writer), compute=_compute(planned.program, options), report=report,
+                sink_for(planned, layout, writer), compute=_compute(planned.program, options), report=report,
             )  # fmt: skip
             solver.journal.twin(proved)
             journal = solver.run()
@@ -311,25 +311,6 @@ def _random_ids(program: Program, options: Options) -> Tensor:
     """Token ids for the proofs of a plan that needs no calibration data, [1, 64]."""
     generator = torch.Generator().manual_seed(options.seed)
     return torch.randint(0, vocabulary(program), (1, 64), generator=generator)
-
-
-def _sink(planned: Plan, layout: Any, writer: ShardWriter) -> Callable[[str, Tensor], None]:
-    """Where finished tensors go: under their names on disk."""
-    source = planned.program.source
-    shards = RunAsOne(planned.target.run_as_one(sites_of(planned)))
-
-    def sink(name: str, tensor: Tensor) -> None:
-        module, _, leaf = name.rpartition(".")
-        if module in layout.prefixes:
-            shards.check(module, leaf, tensor)
-            writer.write(f"{layout.prefixes[module]}.{leaf}", tensor)
-        elif isinstance(source, Checkpoint):
-            for disk, piece in source.to_disk({name: tensor}).items():
-                writer.write(disk, piece)
-        else:
-            writer.write(name, tensor)
-
-    return sink
 
 
 def _beside(

@@ -13,10 +13,12 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..runtime.divided import LEAF
 from ..runtime.kronecker import fold
 from ..runtime.low_rank import FACTORS
 from .errors import Failed
 from .operand import (
+    Divisor,
     Gain,
     Hadamard,
     Kronecker,
@@ -45,6 +47,7 @@ class Verb(Enum):
     ROTATE_IN = "W <- W Q"
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
+    DIVIDE = "an online division by s before the linear, W <- W diag(s)"
     BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x)"
     SET_WEIGHT = "W <- a solved W"
     SWAP = "a quantized linear in its place"
@@ -75,7 +78,11 @@ class Edit:
             return self.operand.slots
         if isinstance(self.operand, LowRank):
             return self.operand.first, self.operand.second
-        return (self.operand.slot,) if isinstance(self.operand, (Vector, Weight, Quantize, Stub)) else ()
+        return (
+            (self.operand.slot,)
+            if isinstance(self.operand, (Vector, Divisor, Weight, Quantize, Stub))
+            else ()
+        )
 
 
 Get = Callable[[str], Tensor | None]
@@ -216,6 +223,14 @@ def _wrap(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dt
         tensors["clip_ratio"] = values[clip].to(dtype)
 
 
+def _divide(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
+    operand = edit.operand
+    assert isinstance(operand, Divisor)
+    reciprocal = (1 / values[operand.slot].to(torch.float64)).to(operand.dtype).to(dtype)
+    tensors["weight"] = tensors["weight"] / reciprocal
+    tensors[LEAF] = reciprocal
+
+
 def _branch(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
     operand = edit.operand
     assert isinstance(operand, LowRank)
@@ -238,7 +253,8 @@ def _nothing(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get,
 VERBS = {
     Verb.SCALE_OUT: _scale_out, Verb.SCALE_IN: _scale_in, Verb.SHIFT_OUT: _shift_out, Verb.SHIFT_IN: _shift_in,
     Verb.ROTATE_OUT: _rotate_out, Verb.ROTATE_IN: _rotate_in, Verb.SET_UNIT: _set_unit, Verb.WRAP: _wrap,
-    Verb.BRANCH: _branch, Verb.SET_WEIGHT: _set_weight, Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
+    Verb.DIVIDE: _divide, Verb.BRANCH: _branch, Verb.SET_WEIGHT: _set_weight,
+    Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
 }  # fmt: skip
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import fx
 
 from ..runtime.attention_grid import GRIDS
+from ..runtime.divided import LEAF, divided
 from ..runtime.kronecker import rotate
 from ..runtime.low_rank import FACTORS, low_rank
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Kronecker, LowRank, Quantize, Stub, Weight
+from .operand import Divisor, Kronecker, LowRank, Quantize, Stub, Weight
 from .program import Program
 
 
@@ -54,6 +55,9 @@ def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewri
     elif verb is Verb.WRAP:
         assert isinstance(operand, Kronecker)
         _insert_rotation(program, node, operand)
+    elif verb is Verb.DIVIDE:
+        assert isinstance(operand, Divisor)
+        _insert_division(program, node, operand)
     elif verb is Verb.BRANCH:
         assert isinstance(operand, LowRank)
         _insert_branch(program, node, operand)
@@ -99,6 +103,20 @@ def _insert_rotation(program: Program, node: fx.Node, rotation: Kronecker) -> No
     right.meta = {"part": part, "val": value.new_empty((rotation.right, rotation.right))}
     rotated.meta = {"part": part, "val": value, "note": f"online {rotation}"}
     node.meta["rotated"] = rotation
+
+
+def _insert_division(program: Program, node: fx.Node, divisor: Divisor) -> None:
+    """``linear(x)`` becomes ``linear(x * reciprocal)``."""
+    source, part = node.args[0], node.meta["part"]
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    with program.graph.inserting_before(node):
+        held = program.graph.create_node("get_attr", f"{node.target}.{LEAF}")
+        scaled = program.graph.call_function(divided, (source, held))
+    node.replace_input_with(source, scaled)
+    held.meta = {"part": part, "val": value.new_empty(divisor.slot.shape)}
+    scaled.meta = {"part": part, "val": value, "note": "online division"}
+    node.meta["divided"] = True
 
 
 def _insert_branch(program: Program, node: fx.Node, branch: LowRank) -> None:

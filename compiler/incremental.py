@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..runtime.divided import owner_of
 from .canon import mutates
 from .certificate import back, into
 from .contract import Basis
@@ -56,7 +57,7 @@ class Values:
             node
             for node in self.nodes
             if (node.op == "call_module" and str(node.target) in modules)
-            or (node.op == "get_attr" and str(node.target).rpartition(".")[0] in modules)
+            or (node.op == "get_attr" and owner_of(str(node.target))[0] in modules)
         }
         for node in self.nodes:
             if any(source in dirty for source in node.all_input_nodes):

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..runtime.divided import INNER, LEAF, DividedLinear
 from ..runtime.formats import FORMATS
 from ..runtime.linear import ROTATIONS, IntegerLinear
 from ..runtime.low_rank import FACTORS, SUFFIX
@@ -169,8 +170,13 @@ def _install(
         where = f"{path}: {prefix}"
         if f"{prefix}.weight" not in entries:
             raise Refused(f"{where} is {kind} by the description, but its weight is in no file")
-        name = name_of(f"{prefix}.weight").removesuffix(".weight")
-        _replace(model, name, _linear(model, name, kind, prefix, entries, stored, where))
+        outer = prefix.removesuffix(f".{INNER}")
+        whole = f"{outer}.{LEAF}" in entries and outer != prefix
+        name = name_of(f"{outer if whole else prefix}.weight").removesuffix(".weight")
+        module: nn.Module = _linear(model, name, kind, prefix, entries, stored, where)
+        if whole:
+            module = DividedLinear(module, entries[f"{outer}.{LEAF}"].shape[0], dtype)
+        _replace(model, name, module)
     expected = model.state_dict()
     for disk in entries:
         name = name_of(disk)

@@ -278,6 +278,14 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Divisor:
+    """Scales s [in] by which the input of a linear is divided online; stored as ``1 / s`` in ``dtype``."""
+
+    slot: Slot
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Weight:
     """A weight [out, in] in place of the one there is; ``type`` is what a description calls it."""
 
@@ -285,4 +293,6 @@ class Weight:
     type: str
 
 
-Operand = Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Weight | Quantize | Stub | None
+Operand = (
+    Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Divisor | Weight | Quantize | Stub | None
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..runtime.divided import LEAF
 from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
@@ -166,11 +167,14 @@ class Prover:
 
 
 def neutral(program: Program, part: Part) -> dict[str, Tensor]:
-    """Tensors of inserted ops that change nothing: identity rotations and zero biases, until their edit comes."""
+    """Tensors of inserted ops that change nothing until their edit comes: identity rotations, unit scales, zeros."""
     found: dict[str, Tensor] = {}
     for node in program.nodes(part):
         if node.op == "get_attr" and node.target not in program.constants:
             size = tuple(int(n) for n in node.meta["val"].shape)
             square = str(node.target).endswith("_trans")
-            found[str(node.target)] = torch.eye(size[0]) if square else torch.zeros(size)
+            factor = str(node.target).endswith(LEAF)
+            found[str(node.target)] = (
+                torch.eye(size[0]) if square else torch.ones(size) if factor else torch.zeros(size)
+            )
     return found

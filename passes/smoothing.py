@@ -13,12 +13,14 @@ from torch import Tensor
 
 from ..compiler.contract import EXACT, Answer, BlockSize, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
-from ..compiler.operand import Quantize, Slot, Statistic, Vector
+from ..compiler.operand import Divisor, Quantize, Slot, Statistic, Vector
 from ..compiler.pattern import Pattern, Site
 from ..compiler.program import Program
+from ..compiler.roles import read_together
 from ..compiler.scheme import matches
 from ..compiler.statistics import ROWS
 from ..compiler.view import BlockView
+from ..patterns.linear import linear
 from ..patterns.linear_linear import linear_linear
 from ..patterns.norm_linear import norm_linear
 from ..patterns.ov import ov
@@ -32,6 +34,7 @@ TYPES: Mapping[str, Pattern[Any]] = {
     "linear-linear": linear_linear,
     "relu-linear": relu_linear,
     "norm-linear": norm_linear,
+    "non-fusion": linear,
 }
 """The recipe's names of subgraph types, in the order in which they are applied within a block."""
 
@@ -69,6 +72,8 @@ class Subgraph:
     def spread(self) -> Vector:
         """How the writer's channels lie in those of the readers."""
         operand = self.readers[0].operand
+        if isinstance(operand, Divisor):
+            return Vector(operand.slot)
         assert isinstance(operand, Vector)
         return operand
 
@@ -97,7 +102,7 @@ class Subgraph:
 class Smoothing(Pass, ABC):
     """A pass that divides the channels of a writer by a scale and multiplies the columns of its readers by it."""
 
-    patterns = (up_down, ov, linear_linear, relu_linear, norm_linear)
+    patterns = (up_down, ov, linear_linear, relu_linear, norm_linear, linear)
     requires = frozenset()
     provides = frozenset({Fact.SMOOTHED})
     breaks = frozenset({Fact.NORMS_FUSED})
@@ -172,12 +177,12 @@ class Smoothing(Pass, ABC):
                 continue  # the head keeps its norm: nothing there is quantized
             writer = place.writer.module
             if matches(writer, self.include) and not matches(writer, self.exclude):
-                rewrites.append(self._rewrite(program, place))
+                rewrites.append(self._rewrite(program, place, setting))
         notes = [] if self.enabled is not None else [_why(setting, taken, rewrites)]
         rewrites.sort(key=lambda rewrite: inside[rewrite.edits[-1].site.module])
         return Answer(tuple(rewrites), tuple(notes))
 
-    def _rewrite(self, program: Program, place: Place) -> Rewrite:
+    def _rewrite(self, program: Program, place: Place, setting: Setting) -> Rewrite:
         writer, readers, type_name = place.writer, place.readers, place.type_name
         width = len(readers[0].channels or range(width_in(program, readers[0].module)))
         channels = place.groups[0] * place.groups[1] if place.groups else width
@@ -190,6 +195,9 @@ class Smoothing(Pass, ABC):
             shift = Slot(f"{writer.module}/{type_name}/shift", (channels,), needs)
             edits.append(Edit(Verb.SHIFT_OUT, writer, Vector(shift)))
             edits += [Edit(Verb.SHIFT_IN, reader, Vector(shift)) for reader in readers]
+        if type_name == "non-fusion":
+            edits += [Edit(Verb.DIVIDE, reader, Divisor(slot, setting.dtype)) for reader in readers]
+            return Rewrite(self.name, type_name, writer.module, tuple(edits), EXACT)
         edits.append(Edit(Verb.SCALE_OUT, writer, Vector(slot, inverse=True, power=1 / place.degree)))
         spread = Vector(slot, groups=place.groups, repeat=place.repeat)
         edits += [Edit(Verb.SCALE_IN, reader, spread) for reader in readers]
@@ -197,7 +205,7 @@ class Smoothing(Pass, ABC):
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Slot, Tensor]:
         """The scale (and shift) from what was observed at the first reader and from the weights of all readers."""
-        readers = tuple(edit for edit in rewrite.edits if edit.verb is Verb.SCALE_IN)
+        readers = tuple(edit for edit in rewrite.edits if edit.verb in (Verb.SCALE_IN, Verb.DIVIDE))
         slots = {slot.name.rsplit("/", 1)[1]: slot for slot in rewrite.slots}
         needs = slots["scale"].needs
         observed = {need.kind: ordered(view.statistic(need), readers[0].site) for need in needs}
@@ -229,6 +237,24 @@ def places(program: Program, taken: Iterable[Pattern[Any]]) -> Iterable[Place]:
     if norm_linear in taken:
         for match in norm_linear.find(program):
             yield Place(match.norm, match.readers, "norm-linear")
+    if linear in taken:
+        yield from unabsorbed(program)
+
+
+def unabsorbed(program: Program) -> Iterable[Place]:
+    """Linears of blocks whose input nothing can scale but an op of its own; its first reader stands for the writer."""
+    fusing = tuple(pattern for name, pattern in TYPES.items() if name != "non-fusion")
+    absorbed = {reader.module for place in places(program, fusing) for reader in place.readers}
+    changed = {
+        str(node.target)
+        for node in program.graph.nodes
+        if node.meta.keys() & {"rotated", "divided", "branch"}
+    }
+    inside = block_linears(program)
+    for group in dict.fromkeys(read_together(program)[name] for name in inside):
+        sites = tuple(Site(name) for name in group)
+        if not (absorbed | changed) & set(group) and all(name in inside for name in group):
+            yield Place(sites[0], sites, "non-fusion")
 
 
 def ordered(channels_last: Tensor, site: Site) -> Tensor:

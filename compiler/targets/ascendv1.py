@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...runtime.divided import INNER, LEAF
 from ...runtime.formats import format_of as runtime_format
 from ...runtime.linear import ROTATIONS, IntegerLinear
 from ...runtime.low_rank import FACTORS, SUFFIX
@@ -102,6 +103,11 @@ def layout(
                     f"{module}: its weight shares a tensor on disk with others; exclude it from quantization"
                 )
             prefixes[module] = own.removesuffix(".weight")
+            if site.divided:
+                division = f"{prefixes[module]}.{LEAF}"
+                specs[division] = TensorSpec(model.dtype, (site.in_features,))
+                types[division] = FLOAT_TYPE
+                prefixes[module] += f".{INNER}"
             for part, stored in linear_tensors(format, site, model.dtype).items():
                 full = f"{prefixes[module]}.{part}"
                 specs[full] = stored

@@ -30,7 +30,7 @@ class ModelSlim(Target):
         found: list[Problem] = []
         for site in sites:
             weight = site.scheme.weight
-            if weight is None and not site.rotated and not site.rank:
+            if weight is None and not (site.rotated or site.rank or site.divided):
                 continue
             if weight is not None and weight.group and site.in_features % weight.group:
                 found.append(
@@ -39,6 +39,16 @@ class ModelSlim(Target):
                         site.name,
                         f"groups of {weight.group} do not divide its {site.in_features} channels",
                         "take a group size that does, or exclude it",
+                    )
+                )
+            if site.divided and (not site.scheme.quantized or site.rotated or site.online is not None):
+                found.append(
+                    Problem(
+                        "division",
+                        site.name,
+                        "its input is divided online, which the layout has only for integer linears that no online"
+                        " rotation precedes",
+                        "leave the type non-fusion out, or exclude it from the smoothing",
                     )
                 )
             found += branch_problems(site, self.format_of(site.scheme, site.rotated))

@@ -41,6 +41,8 @@ class LinearSite:
     """The block that it is in, counted from 0."""
     online: Kronecker | None = None
     """A rotation of its input that is stored as the reference tool does, beside the linear."""
+    divided: bool = False
+    """Whether its input is divided channel by channel while the model runs."""
     stored_as: str | None = None
     """The type of a float linear whose weight was made anew; None for an ordinary one."""
     rank: int = 0
@@ -157,6 +159,7 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 rotation=rotation,
                 block=blocks[node.meta["part"]],
                 online=turned if rotation is None else None,
+                divided=bool(node.meta.get("divided")),
                 stored_as=node.meta.get("stored_as"),
                 rank=branch.rank if branch is not None else 0,
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),

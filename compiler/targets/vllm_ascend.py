@@ -106,6 +106,13 @@ class VllmAscend(Target):
 
     def _type(self, site: LinearSite) -> Iterator[Problem]:
         weight = site.scheme.weight
+        if site.divided:
+            yield Problem(
+                "division",
+                site.name,
+                "its input is divided online, and the server has no such op",
+                "leave the type non-fusion out, or --target modelslim",
+            )
         if site.rank:
             yield Problem(
                 "branch",
