@@ -31,7 +31,7 @@ def quantized_linears(
     quantized: Mapping[str, QuantizedLinear], schemes: Mapping[str, LinearScheme], dtype: torch.dtype
 ) -> LinearHook:
     """A hook that runs the linears of ``quantized`` on their grids, and the others as they are."""
-    weights = {name: dequantize(q.weight, q.scale).to(dtype) for name, q in quantized.items()}
+    weights = {name: q.dense.to(dtype) for name, q in quantized.items()}
 
     def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         q = quantized.get(name)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.divided import LEAF
-from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
 from .contract import Basis, Rewrite
@@ -136,7 +135,7 @@ class Prover:
             if name in quantized:
                 q = quantized[name]
                 rows = x[:1] if x.dim() > 2 else x  # of an expert all the rows that it has
-                noisy = F.linear(fake_act(rows, schemes[name], q), dequantize(q.weight, q.scale.to(x.dtype)))
+                noisy = F.linear(fake_act(rows, schemes[name], q), q.dense.to(x.dtype))
                 noise = float((noisy - y[: len(rows)]).pow(2).sum())
                 signal = float(y[: len(rows)].pow(2).sum())
                 found[name] = (

@@ -29,7 +29,9 @@ GPTQ_GROUP = 128
 
 PER: dict[tuple[str, str, bool], Granularity] = {
     ("weight", "per_channel", True): "channel",
+    ("weight", "per_channel", False): "channel",
     ("weight", "per_group", True): "group",
+    ("weight", "per_group", False): "group",
     ("weight", "per_tensor", True): "tensor",
     ("act", "per_token", True): "token",
     ("act", "per_tensor", False): "tensor",
@@ -38,7 +40,7 @@ PER: dict[tuple[str, str, bool], Granularity] = {
 }
 """Side, scope and symmetric of what is built."""
 THERE_ARE = {
-    "weight": "per_channel, per_group and per_tensor, all symmetric",
+    "weight": "per_channel and per_group, and per_tensor with symmetric true",
     "act": "per_token with symmetric true, per_tensor, pd_mix with symmetric false",
 }
 

@@ -19,7 +19,7 @@ BRACE_LIMIT = 10_000
 
 @dataclass(frozen=True)
 class Int:
-    """A signed symmetric integer format; an asymmetric activation (``per="tensor"``) carries an offset.
+    """A signed integer format; an asymmetric one carries an offset per scale.
 
     ``per="mix"`` is an activation that a server quantizes per token in prefill and per tensor in decode.
     """
@@ -86,13 +86,15 @@ class LinearScheme:
             act += "-symmetric"
         name = f"w{self.weight.bits}a{act}"
         name += f"-g{self.weight.group}" if self.weight.group else ""
-        return name + ("-pt" if self.weight.per == "tensor" else "")
+        name += "-pt" if self.weight.per == "tensor" else ""
+        return name if self.weight.symmetric else f"{name}-asym"
 
     def __str__(self) -> str:
         weight = f"W{self.weight.bits}" if self.weight else "W16"
         act = f"A{self.act.bits}" if self.act else "A16"
         group = f" g{self.weight.group}" if self.weight and self.weight.group else ""
         one = " weights per tensor" if self.weight and self.weight.per == "tensor" else ""
+        one += "" if self.weight is None or self.weight.symmetric else " asymmetric"
         return weight + act + SPELLED.get(self.scope or "", "").replace("-", " ") + group + one
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 from . import registry
 from .scheme import Int, Scheme
 
-PER_TENSOR = "-pt"
+PER_TENSOR, ASYMMETRIC = "-pt", "-asym"
 
 
 def scheme_named(name: str) -> Scheme:
-    """A registered scheme; ``NAME-gN`` gives its weights groups of N channels, ``NAME-pt`` one scale per tensor.
+    """A registered scheme, or one with other weights: ``-gN`` groups of N channels, ``-pt`` one scale per tensor.
+
+    ``-asym`` at the end gives the weights offsets.
 
     Raises:
         Refused: A name that is neither.
@@ -20,19 +22,25 @@ def scheme_named(name: str) -> Scheme:
     known = registry.names("schemes")
     if name in known:
         return registry.get("schemes", name)
-    base, _, size = name.rpartition("-g")
-    if base in known and size.isdecimal() and int(size) >= 1:
-        return _with_weights(name, base, lambda bits: Int(bits, "group", group=int(size)))
-    base = name.removesuffix(PER_TENSOR)
-    if base != name and base in known:
-        return _with_weights(name, base, lambda bits: Int(bits, "tensor"))
+    base = name.removesuffix(ASYMMETRIC)
+    symmetric = base == name
+    if not symmetric and base in known:
+        return _with_weights(name, base, lambda weight: replace(weight, symmetric=False))
+    plain, _, size = base.rpartition("-g")
+    if plain in known and size.isdecimal() and int(size) >= 1:
+        return _with_weights(
+            name, plain, lambda w: Int(w.bits, "group", group=int(size), symmetric=symmetric)
+        )
+    plain = base.removesuffix(PER_TENSOR)
+    if plain != base and plain in known:
+        return _with_weights(name, plain, lambda w: Int(w.bits, "tensor", symmetric=symmetric))
     return registry.get("schemes", name)
 
 
-def _with_weights(name: str, base: str, make: Callable[[int], Int]) -> Scheme:
+def _with_weights(name: str, base: str, make: Callable[[Int], Int]) -> Scheme:
     scheme: Scheme = registry.get("schemes", base)
     rules = []
     for rule in scheme.rules:
         weight = rule.scheme.weight
-        rules.append(replace(rule, scheme=replace(rule.scheme, weight=weight and make(weight.bits))))
+        rules.append(replace(rule, scheme=replace(rule.scheme, weight=weight and make(weight))))
     return Scheme(name, tuple(rules))

@@ -14,7 +14,6 @@ from ..compiler.fake_quant import fake_act
 from ..compiler.operand import Quantize
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
-from ..runtime.quantize import dequantize
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
 from .act_range import static_range
@@ -22,7 +21,7 @@ from .column_rounding import gptq
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
 from .sign_sgd import Rounding, preconditioner, train
-from .weight_scale import weight_scale
+from .weight_scale import weight_grid
 
 LEARNED_BITS = 4
 """Widest integers that are worth training: 8 bits are rounded to nearest."""
@@ -69,7 +68,7 @@ class BlockRounding:
     ) -> None:
         self.swaps, self.view, self.where, self.begin = swaps, view, where, begin or Start()
         self.done: dict[str, QuantizedLinear] = dict(view.quantized)
-        self.weights: dict[str, Tensor] = {n: dequantize(q.weight, q.scale) for n, q in self.done.items()}
+        self.weights: dict[str, Tensor] = {n: q.dense for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
         self.trains = self.training = False
         self.quantized_act = True
@@ -114,7 +113,7 @@ class BlockRounding:
             for alike in self.alike(wanted):
                 self.search(alike, hessian, steps)
         for name in group:
-            self.weights[name] = dequantize(self.done[name].weight, self.done[name].scale)
+            self.weights[name] = self.done[name].dense
 
     def nearest(self, name: str) -> QuantizedLinear:
         """Rounded to nearest in its whole range."""
@@ -191,10 +190,10 @@ class BlockRounding:
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
         weight = torch.cat([self.view.weight(name) for name in names])
-        scale = weight_scale(weight, bits, held, "clip", hessian.diagonal())
+        scale, offset = weight_grid(weight, bits, held, "clip", hessian.diagonal())
         try:
             integers, compensated = gptq(
-                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order
+                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order, offset
             )
         except ValueError as error:
             raise Failed(
@@ -202,11 +201,18 @@ class BlockRounding:
                 " calibrate in --dtype float32"
             ) from None
         rows = [self.view.weight(name).shape[0] for name in names]
-        pieces = (tensor.split(rows) for tensor in (integers.to(torch.int8), compensated, scale))
-        for name, integer, target, step in zip(names, *pieces, strict=True):
-            self.done[name] = replace(self.done[name], weight=integer, scale=step)
+        empty = torch.empty(sum(rows), 0)
+        pieces = (
+            tensor.split(rows)
+            for tensor in (integers.to(torch.int8), compensated, scale, empty if offset is None else offset)
+        )
+        for name, integer, target, step, zero in zip(names, *pieces, strict=True):
+            zero = zero if zero.numel() else None
+            self.done[name] = replace(self.done[name], weight=integer, scale=step, offset=zero)
             if steps is not None:
-                self.roundings[name] = Rounding(target, step, bits.bits, held, steps, bits.per == "tensor")
+                self.roundings[name] = Rounding(
+                    target, step, bits.bits, held, steps, bits.per == "tensor", zero
+                )
 
     def act(self, name: str, x: Tensor) -> Tensor:
         """The input of a quantized linear on its grid; the gradient passes straight through."""

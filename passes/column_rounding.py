@@ -17,7 +17,13 @@ MOST_DAMPING = 10.0
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor, scale: Tensor, hessian: Tensor, bits: int, damping: float = 0.01, act_order: bool = True
+    weight: Tensor,
+    scale: Tensor,
+    hessian: Tensor,
+    bits: int,
+    damping: float = 0.01,
+    act_order: bool = True,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Integers [out, in] (float32) that minimise ``|| (W - s q) X ||``, and the compensated weight that they round.
 
@@ -30,6 +36,7 @@ def gptq(
         hessian: ``X Xᵀ / n`` of the (quantized) inputs, [in, in] float32.
         bits: Of the integers.
         damping: Added to the diagonal, as a share of its mean.
+        offset: Of the shape of ``scale``: a weight is about (q - offset) * scale; None is zero.
         act_order: Take columns in the order of falling ``diag(H)``, else as they stand.
 
     Raises:
@@ -46,6 +53,9 @@ def gptq(
     back = torch.argsort(order)
     columns = weight.T[order].contiguous()  # [in, out]: a column of the weight is a row here
     scales = scale.repeat_interleave(width // scale.shape[1], dim=1).T[order].contiguous()
+    offsets = None
+    if offset is not None:
+        offsets = offset.repeat_interleave(width // offset.shape[1], dim=1).T[order].contiguous()
     upper = inverse_factor(hessian[order][:, order].double(), damping).float()
     integers = torch.empty_like(columns)
     for start in range(0, width, BLOCK):
@@ -53,9 +63,10 @@ def gptq(
         local, errors = upper[start:stop, start:stop], torch.empty_like(columns[start:stop])
         for j in range(stop - start):
             column, step = columns[start + j], scales[start + j]
-            integer = (column / step).round_().clamp_(-high - 1, high)
+            zero = 0.0 if offsets is None else offsets[start + j]
+            integer = (column / step + zero).round_().clamp_(-high - 1, high)
             integers[start + j] = integer
-            errors[j] = (column - integer * step) / local[j, j]
+            errors[j] = (column - (integer - zero) * step) / local[j, j]
             columns[start + j + 1 : stop].addr_(local[j, j + 1 :], errors[j], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return integers[back].T.contiguous(), columns[back].T.contiguous()

@@ -21,7 +21,7 @@ from .act_range import STATISTICS, static_range
 from .minmax import rounded_weight, scale_dtype
 from .sites import block_linears, width_in, width_out
 from .strategies import check_methods, setting_of
-from .weight_scale import weight_scale
+from .weight_scale import weight_grid
 
 NEEDS = {"clip": "meansquare"}
 """Weight methods that ask for a statistic of the input."""
@@ -48,6 +48,11 @@ def swaps(
         assert scheme.weight is not None
         if scheme.weight.group and width % scheme.weight.group:
             problems.append(f"{name}: the group size {scheme.weight.group} does not divide its width {width}")
+            continue
+        if not scheme.weight.symmetric and (rule.weight_method or weight_method) == "ssz":
+            problems.append(
+                f"{name}: ssz finds scales of symmetric weights, and {scheme} is asymmetric: take clip"
+            )
             continue
         by_weight, by_act = rule.weight_method or weight_method, rule.act_method or act_method
         kinds = [STATISTICS[by_act]] * scheme.ranged + ([NEEDS[by_weight]] if by_weight in NEEDS else [])
@@ -146,17 +151,19 @@ class LinearQuant(Pass):
         name, operand = edit.site.module, edit.operand
         scheme, statistics = operand.scheme, {need.kind: view.statistic(need) for need in operand.slot.needs}
         scale, offset = static_range(statistics, operand, view.export_dtype)
-        weight_scale = found_scale(view, name, operand, statistics.get("meansquare"))
+        grid = found_grid(view, name, operand, statistics.get("meansquare"))
         return {
             operand.slot: rounded_weight(
-                view, name, scheme, scale=weight_scale, input_scale=scale, input_offset=offset
+                view, name, scheme, grid=grid, input_scale=scale, input_offset=offset
             )
         }
 
 
-def found_scale(view: BlockView, name: str, operand: Quantize, square: Tensor | None) -> Tensor:
-    """Scales [out, groups] by the method of the operand."""
+def found_grid(
+    view: BlockView, name: str, operand: Quantize, square: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets [out, groups] by the method of the operand."""
     weight = operand.scheme.weight
     assert weight is not None
     held = scale_dtype(view, name, operand.scheme)
-    return weight_scale(view.weight(name), weight, held, operand.weight_method, square)
+    return weight_grid(view.weight(name), weight, held, operand.weight_method, square)

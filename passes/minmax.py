@@ -11,20 +11,19 @@ from ..runtime.formats import format_of
 from ..runtime.low_rank import FACTORS
 from ..runtime.quantize import quantize
 from ..runtime.quantized import QuantizedLinear
-from .weight_scale import weight_scale
+from .weight_scale import weight_grid
 
 
 def rounded_weight(
-    view: BlockView, name: str, scheme: LinearScheme, *, scale: Tensor | None = None,
+    view: BlockView, name: str, scheme: LinearScheme, *, grid: tuple[Tensor, Tensor | None] | None = None,
     input_scale: Tensor | None = None, input_offset: Tensor | None = None,
 ) -> QuantizedLinear:  # fmt: skip
-    """Round a weight to nearest on ``scale``, by default ``max|W| / qmax`` per row or group in the server's dtype."""
+    """Round a weight to nearest on a grid of scale and offset, by default its whole range in the server's dtype."""
     weight = view.weight(name)
     assert scheme.weight is not None
-    if scale is None:
-        scale = weight_scale(weight, scheme.weight, scale_dtype(view, name, scheme))
+    scale, offset = grid or weight_grid(weight, scheme.weight, scale_dtype(view, name, scheme))
     return QuantizedLinear(
-        weight=quantize(weight, scale, scheme.weight.bits), scale=scale, bias=view.bias(name),
+        weight=quantize(weight, scale, scheme.weight.bits, offset), scale=scale, offset=offset, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
         left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
         online=view.online.get(name), clip=clip_ratio(view, name), branch=branch_of(view, name),

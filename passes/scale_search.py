@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..runtime.quantize import qmax, round_scale, scale_for
+from ..runtime.quantize import qmax, round_scale, scale_for, scale_offset_for
 
 GRID = 40
 SMALLEST_RATIO = 0.35
@@ -40,3 +40,28 @@ def search_scale(
         better = error < least
         least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return best
+
+
+@torch.no_grad()
+def search_grid(
+    weight: Tensor, bits: int, group: int, dtype: torch.dtype, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Asymmetric scales and offsets [out, groups] of least error, both ends of the range cut by one ratio.
+
+    Arguments as for ``search_scale``.
+    """
+    width = group or weight.shape[1]
+    rows = weight.view(weight.shape[0], -1, width)
+    low, high = rows.amin(-1), rows.amax(-1)
+    weigh = 1.0 if importance is None else importance.float().view(1, -1, width)
+    best = scale_offset_for(low, high, bits, dtype)
+    least = torch.full_like(low, torch.inf)
+    for step in range(GRID + 1):
+        ratio = 1 - (1 - SMALLEST_RATIO) * step / GRID
+        scale, offset = scale_offset_for(low * ratio, high * ratio, bits, dtype)
+        integers = (rows / scale[..., None] + offset[..., None]).round().clamp(-qmax(bits) - 1, qmax(bits))
+        error = (((integers - offset[..., None]) * scale[..., None] - rows).square() * weigh).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip((scale, offset), best, strict=True))
+    return best  # type: ignore[return-value]

@@ -11,7 +11,7 @@ from ..compiler.scheme import Int, LinearScheme
 from ..runtime.quantize import dequantize, fake_quant_per_token, quantize
 from .act_range import act_scale
 from .smoothing import Subgraph
-from .weight_scale import weight_scale
+from .weight_scale import weight_grid
 
 STEPS = 20
 """Steps of a grid over [0, 1]."""
@@ -60,9 +60,9 @@ def fake_weight(weight: Tensor, scheme: LinearScheme, method: str) -> Tensor:
     if format is None:
         return weight
     if format.group and weight.shape[1] % format.group:  # a place may be a part of what a reader reads
-        format = Int(format.bits, "channel")
-    scale = weight_scale(weight, format, torch.float32, method)
-    return dequantize(quantize(weight, scale, format.bits), scale)
+        format = Int(format.bits, "channel", symmetric=format.symmetric)
+    scale, offset = weight_grid(weight, format, torch.float32, method)
+    return dequantize(quantize(weight, scale, format.bits, offset), scale, offset)
 
 
 def best(

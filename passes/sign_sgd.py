@@ -44,6 +44,8 @@ class Rounding:
     steps: Tensor
     per_tensor: bool = False
     """Whether all rows have one scale, and keep it."""
+    zero: Tensor | None = None
+    """Offsets of the shape of ``scale``, which stay; None where the format is symmetric."""
 
     def __post_init__(self) -> None:
         self.offset = torch.zeros_like(self.weight).requires_grad_()
@@ -60,13 +62,20 @@ class Rounding:
         high = qmax(self.bits)
         wide = scale.repeat_interleave(self.weight.shape[1] // scale.shape[1], dim=1)
         x = self.weight / wide + self.offset
+        if self.zero is not None:
+            x = x + self.zero.repeat_interleave(self.weight.shape[1] // self.zero.shape[1], dim=1)
         return (x + (x.round() - x).detach()).clamp(-high - 1, high)
 
     def fake(self) -> Tensor:
         """The quantized weight in float32, differentiable."""
         scale = self.current_scale()
         wide = scale.repeat_interleave(self.weight.shape[1] // scale.shape[1], dim=1)
-        return self.integers(scale) * wide
+        integers = self.integers(scale)
+        if self.zero is not None:
+            integers = integers - self.zero.repeat_interleave(
+                self.weight.shape[1] // self.zero.shape[1], dim=1
+            )
+        return integers * wide
 
     @torch.no_grad()
     def result(self) -> tuple[Tensor, Tensor]:

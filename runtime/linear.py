@@ -121,7 +121,7 @@ class IntegerLinear(nn.Module, ABC):
         packed = {
             "weight": q.weight.contiguous(),
             "weight_scale": q.scale.to(torch.float32).contiguous(),
-            "weight_offset": torch.zeros_like(q.scale, dtype=torch.float32),
+            "weight_offset": torch.zeros_like(q.scale) if q.offset is None else -q.offset.to(torch.float32),
         }
         if q.bias is not None:
             packed["bias"] = q.bias.to(dtype)
@@ -161,6 +161,8 @@ class IntegerLinear(nn.Module, ABC):
             "there is no place for an online rotation": not cls.rotated
             and q.online is None
             and (q.left is not None or q.right is not None),
+            "there is no place for an offset of the weight": cls.act_bits is not None
+            and q.offset is not None,
             "there is no place for a clip ratio": not cls.rotated and q.clip != 1.0,
         }
         for problem, found in problems.items():

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .quantize import dequantize
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLinear:
@@ -18,7 +20,9 @@ class QuantizedLinear:
     weight: Tensor
     """int8 [out, in]; a 4-bit format uses -8..7."""
     scale: Tensor
-    """float32 [out, 1], or [out, groups] along the input channels; symmetric."""
+    """float32 [out, 1], or [out, groups] along the input channels."""
+    offset: Tensor | None = None
+    """Of the shape of ``scale``, integral: the weight is about (q - offset) * scale; None is symmetric."""
     bias: Tensor | None = None
     """Float [out]."""
     input_scale: Tensor | None = None
@@ -35,3 +39,8 @@ class QuantizedLinear:
     """A low-rank branch beside it, [rank, in] and [out, rank], already taken off the weight."""
     clip: float = 1.0
     """Ratio in (0, 1] by which the per-token scale of the activation is cut."""
+
+    @property
+    def dense(self) -> Tensor:
+        """The weight that the integers stand for, float32 [out, in]."""
+        return dequantize(self.weight, self.scale, self.offset)

@@ -11,7 +11,7 @@ from .linear import IntegerLinear
 class W8A16(IntegerLinear):
     """int8 weight per output channel or group, float activation: ``npu_weight_quant_batchmatmul``.
 
-    The op adds the offset, (weight + offset) * scale; what is packed here is symmetric, with offset zero.
+    The op adds the offset, (weight + offset) * scale: what is stored is the negative of ``QuantizedLinear.offset``.
     """
 
     type = "W8A16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from qc.compiler.errors import Refused
 from qc.compiler.load import load
 from qc.compiler.scheme import Int
 from qc.compiler.scheme_names import scheme_named
-from qc.passes.weight_scale import weight_scale
+from qc.compiler.verify import verify
+from qc.passes.column_rounding import gptq
+from qc.passes.sign_sgd import Rounding
+from qc.passes.weight_scale import weight_grid, weight_scale
 from qc.runtime.quantize import dequantize, quantize
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
@@ -30,7 +34,7 @@ def test_a_suffix_changes_what_shares_a_scale_and_nothing_else() -> None:
         "W8A8 g64",
     ]
     assert scheme_named("float-pt").rules == ()
-    for text in ("w8a8-static-g32", "w4a16-pt"):
+    for text in ("w8a8-static-g32", "w4a16-pt", "w8a16-asym", "w4a16-g32-asym", "w4a16-pt-asym"):
         assert scheme_named(text).rules[0].scheme.spelling == text
 
 
@@ -78,3 +82,56 @@ def test_a_server_with_scales_per_channel_takes_one_per_tensor() -> None:
     assert {str(node.meta["scheme"]) for node in found.final.graph.nodes if "scheme" in node.meta} == {
         "W8A8 weights per tensor"
     }
+
+
+def off_center(seed: int = 0) -> torch.Tensor:
+    return torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)).abs() + 0.5
+
+
+@pytest.mark.parametrize("method", ["minmax", "clip"])
+@pytest.mark.parametrize("format", [Int(4, "channel"), Int(4, "group", group=16), Int(4, "tensor")])
+def test_offsets_help_weights_that_are_off_center(method: str, format: Int) -> None:
+    weight, errors = off_center(), []
+    for symmetric in (True, False):
+        scale, offset = weight_grid(weight, replace(format, symmetric=symmetric), torch.float32, method)
+        assert (offset is None) == symmetric
+        q = quantize(weight, scale, 4, offset)
+        errors.append(float((dequantize(q, scale, offset) - weight).square().sum()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_gptq_and_training_round_on_a_grid_with_offsets() -> None:
+    weight, x = off_center(), torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    scale, offset = weight_grid(weight, Int(4, "group", group=16, symmetric=False), torch.float32, "clip")
+    integers, compensated = gptq(weight, scale, x.T @ x / 256, 4, offset=offset)
+    assert torch.equal(quantize(compensated, scale, 4, offset).float(), integers)
+    trained = Rounding(compensated, scale, 4, torch.float32, torch.eye(64), zero=offset)
+    torch.testing.assert_close(trained.fake().detach(), dequantize(integers, scale, offset))
+    assert torch.equal(trained.result()[0].float(), integers)
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("passes", ["linear_quant{weight_method=clip}", "gptq", "autoround{iters=2}"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16-asym"])
+def test_what_has_offsets_loads_as_it_was_rounded(
+    passes: str, scheme: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    place, errors = home("llama"), []
+    for name in (scheme, scheme.removesuffix("-asym")):
+        compiled(place, tmp_path / name, passes, scheme=name, target="modelslim")
+        want, got = (logits(load(path, dtype=torch.float32)) for path in (place.path, tmp_path / name))
+        errors.append(relative(got, want))
+    offsets = [t for n, t in tensors_of(tmp_path / scheme).items() if n.endswith("weight_offset")]
+    assert any(bool(offset.any()) for offset in offsets)
+    assert not [str(check) for check in verify(tmp_path / scheme) if check.wrong]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_offsets_stand_beside_float_activations_only() -> None:
+    found = planned("llama-128", "linear_quant", scheme="w8a8-asym", target="modelslim").problems
+    assert any("no type for" in problem for problem in found)
+    assert planned("llama-128", "linear_quant", scheme="w8a16-asym", target="vllm-ascend").problems == ()
+    found = planned(
+        "llama-128", "linear_quant{weight_method=ssz}", scheme="w4a16-asym", target="modelslim"
+    ).problems
+    assert any("ssz finds scales of symmetric weights" in problem for problem in found)

@@ -47,7 +47,11 @@ reference: a mixture with such experts has the name of its other linears."""
 def format_of(scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
     """The format that holds a scheme, None where the layout has none (or the scheme is float)."""
     weight, act = scheme.weight, scheme.act
-    if weight is None or not weight.symmetric or weight.per not in ("channel", "group", "tensor"):
+    if (
+        weight is None
+        or not (weight.symmetric or act is None)
+        or weight.per not in ("channel", "group", "tensor")
+    ):
         return None
     if act is not None and act.per not in ("token", "tensor", "mix"):
         return None
