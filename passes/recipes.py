@@ -20,3 +20,27 @@ BEST_W4A16 = Named(
     "weights in four bits, in groups of 64, activations float",
     "autoround{iters=50}", "w4a16-g64", "modelslim", "w4a16-g64", 1.091, 0.1131,
 )  # fmt: skip
+SMOOTHQUANT_O1 = Named(
+    "SmoothQuant O1: one scale per weight tensor, one per token",
+    "smooth_quant,linear_quant", "w8a8-pt", "vllm-ascend", "smoothquant-o1", 0, 0,
+)  # fmt: skip
+SMOOTHQUANT_O3 = Named(
+    "SmoothQuant O3: one scale per weight tensor, one fixed scale per activation",
+    "smooth_quant,linear_quant", "w8a8-static-symmetric-pt", "vllm-ascend", "smoothquant-o3", 0, 0,
+)  # fmt: skip
+ZEROQUANT = Named(
+    "ZeroQuant: weights in groups, one scale per token",
+    "linear_quant", "w8a8-g64", "modelslim", "zeroquant", 0, 0,
+)  # fmt: skip
+OUTLIER_SUPPRESSION = Named(
+    "Outlier Suppression: gains moved into weights, fixed ranges that cut outliers",
+    "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression", 0, 0,
+)  # fmt: skip
+AWQ = Named(
+    "AWQ: channels scaled for weights alone, scale and clip searched",
+    "awq,linear_quant{weight_method=clip}", "w4a16-g64", "modelslim", "w4a16/awq", 1.2113, 0.17691,
+)  # fmt: skip
+QUAROT_GPTQ = Named(
+    "QuaRot with online rotations, and GPTQ, behind a smoothing",
+    "iter_smooth,quarot{online=true},gptq", "w4a4", "vllm-ascend", "w4a4/quarot-online/gptq", 0, 0,
+)  # fmt: skip
