@@ -73,7 +73,7 @@ class Affine:
         assert bits is not None
         if diagonal is not None:
             weight = weight * self.spread(diagonal)
-        inverses = [torch.linalg.inv(self._stored(factor)).T for factor in self.factors()]
+        inverses = [torch.linalg.inv_ex(self._stored(factor)).inverse.T for factor in self.factors()]
         rows = grouped(rotate(weight, *inverses), bits)
         return on_grid(rows, bits.bits, torch.sigmoid(self.weight_clip[name])).reshape(weight.shape)
 

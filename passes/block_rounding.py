@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from .weight_scale import weight_grid
 
 LEARNED_BITS = 4
 """Widest integers that are worth training: 8 bits are rounded to nearest."""
+NOT_FINITE = (
+    "its outputs are not finite on the calibration text. Look for inf or NaN in the weights before it, or calibrate in"
+    " --dtype float32"
+)
 HELD_OUT = 8
 """One microbatch in so many is kept for choosing among states."""
 
@@ -249,6 +254,8 @@ class BlockRounding:
             round_tuning=training.round_tuning, scale_tuning=training.scale_tuning,
             generator=view.generator(self.where), report=view.report,
         )  # fmt: skip
+        if not isfinite(start):
+            raise Failed(f"{self.where}: {NOT_FINITE}")
         view.measures |= {"loss before training": start, "loss after training": best}
         for name, rounding in self.roundings.items():
             integers, scale = rounding.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ..compiler.contract import EXACT, Answer, BlockSize, Fact, Pass, Rewrite, Setting
 from ..compiler.edit import Edit, Verb
+from ..compiler.errors import Failed
 from ..compiler.operand import Kronecker, Slot, Vector, stored_factors
 from ..compiler.pattern import Site
 from ..compiler.program import Program
@@ -22,7 +24,7 @@ from ..patterns.linear import linear
 from ..runtime.hadamard import has_hadamard
 from ..runtime.kronecker import split
 from .affine import Affine, grouped, train
-from .block_rounding import HELD_OUT
+from .block_rounding import HELD_OUT, NOT_FINITE
 from .importance import relative_error
 from .sites import block_linears, width_in
 from .smoothing import TYPES, Place, places
@@ -165,6 +167,8 @@ class FlatQuant(Pass):
             [i for i in indices if i not in held] or indices, held, iters=self.iters, rate=self.lr,
             generator=view.generator(rewrite.where), report=view.report,
         )  # fmt: skip
+        if not isfinite(start):
+            raise Failed(f"{rewrite.where}: {NOT_FINITE}")
         view.measures |= {"loss before training": start, "loss after training": best}
         values: dict[Slot, Any] = {}
         for operand, one in found.items():

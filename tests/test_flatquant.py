@@ -10,17 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qc.compiler.errors import Failed
 from qc.compiler.load import load
 from qc.compiler.operand import Kronecker
 from qc.compiler.scheme import W4A4
 from qc.compiler.verify import verify
+from qc.compiler.view import BlockView
 from qc.passes.affine import Affine, cayley, on_grid, train
 from qc.runtime.hadamard import random_hadamard
 from qc.runtime.kronecker import fold, rotate
 from qc.runtime.quantize import fake_quant_per_token
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
-from tests.programs import relative
+from tests.programs import captured, relative
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -172,3 +174,17 @@ def test_options_out_of_range_are_refused(options: str) -> None:
 
     with pytest.raises(Refused, match=options.partition("=")[0]):
         passes_of(f"flatquant{{{options}}}")
+
+
+def test_outputs_that_are_not_finite_stop_it() -> None:
+    (step,) = planned("llama-128", "flatquant", scheme="w4a4").steps
+    (rewrite, *_) = step.answer.rewrites
+    names = [edit.site.module for edit in rewrite.edits if isinstance(edit.operand, Kronecker)]
+    leaves = captured("llama-128").leaves
+    weights = {f"{name}.weight": randn(*leaves[name].parameters["weight"]) for name in names}
+    view = BlockView(rewrite.where, weights, {}, torch.bfloat16, 0, batches=1)
+    first = weights[f"{names[0]}.weight"]
+    view.forward = lambda hook, index: hook(names[0], torch.full((1, 2, 64), torch.nan), first, None)
+    view.target = lambda index: torch.zeros(1, 2, first.shape[0])
+    with pytest.raises(Failed, match=r"model.layers.0: its outputs are not finite"):
+        step.what.solve(rewrite, view)
