@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .block_rounding import LEARNED_BITS, BlockRounding, Training
 from .linear_quant import block_swaps, swapped, swaps
+from .sites import block_linears
 from .strategies import check_methods, setting_of
 
 
@@ -103,6 +104,10 @@ class AutoRound(Pass):
         step = 32 * sum(sizes) + backward if trained else 0
         held = (16 if trained else 12) * sum(sizes) + 4 * sum(hessians)
         return dense + max(backward, held + max(start, step))
+
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The linears of the blocks."""
+        return block_linears(program)
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""

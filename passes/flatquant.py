@@ -95,6 +95,10 @@ class FlatQuant(Pass):
         channels = sum(3 * one.width + one.out for one in mine) + block.activations
         return 32 * sum(one.out * one.width for one in mine) + 2 * block.tokens * block.itemsize * channels
 
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The linears of the blocks."""
+        return block_linears(program)
+
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all groups of linears that read one value."""
         inside, together = block_linears(program), read_together(program)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..patterns.linear import linear
 from ..runtime.quantized import QuantizedLinear
 from .block_rounding import BlockRounding, Start
 from .linear_quant import block_swaps, swapped, swaps
+from .sites import block_linears
 from .strategies import check_methods, setting_of
 
 WIDEST = 8
@@ -88,6 +89,10 @@ class Gptq(Pass):
         backward = block.tokens * block.itemsize * channels if self.weighted else 0
         search = 44 * max(one.width**2 for one in mine) + 24 * max(one.out * one.width for one in mine)
         return 5 * sum(one.out * one.width for one in mine) + max(backward, search)
+
+    def named(self, program: Program, setting: Setting) -> Iterable[str]:
+        """The linears of the blocks."""
+        return block_linears(program)
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""
