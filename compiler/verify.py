@@ -207,11 +207,11 @@ def _modules(
 
 
 def _values(
-    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any], learned: frozenset[str]
+    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any], learned: bool
 ) -> tuple[int, list[str]]:
     """Read every tensor once, and look whether its numbers can be what they stand for.
 
-    Online transforms are orthogonal, but for those of the modules ``learned``.
+    Online transforms are orthogonal, unless some of them are ``learned``: then they can be inverted.
     """
     count, wrong = 0, list[str]()
     halves: dict[str, dict[str, Tensor]] = {}
@@ -223,7 +223,7 @@ def _values(
                 reason = _positive(tensor) if leaf.endswith("scale") else _finite(tensor)
             else:
                 ask = VALUES.get(leaf) if prefix in modules else None
-                ask = _invertible if ask is _rotation and prefix in learned else ask
+                ask = _invertible if ask is _rotation and learned else ask
                 reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
             if reason:
                 wrong.append(f"{name}: {reason}")
@@ -235,14 +235,14 @@ def _values(
     return count, wrong
 
 
-def _learned(path: Path) -> frozenset[str]:
-    """The linears before which the journal tells of a learned transform."""
+def _learned(path: Path) -> bool:
+    """Whether the journal tells of learned transforms (in names of the model, which differ from those on disk)."""
     try:
         lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
         edits = [edit.split() for line in lines for edit in json.loads(line).get("edits", ())]
     except (OSError, ValueError, AttributeError):
-        return frozenset()  # told of by the check of the certificates
-    return frozenset(words[1] for words in edits if words[:1] == ["wrap"] and "learned" in words)
+        return False  # told of by the check of the certificates
+    return any(words[:1] == ["wrap"] and "learned" in words for words in edits)
 
 
 def _sums(prefix: str, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor, **rest: Tensor) -> list[str]:

@@ -10,15 +10,15 @@ BEST_W8A8 = Named(
 )  # fmt: skip
 BEST_AUTO = Named(
     "half of the weights in four bits, for speed at little loss",
-    "iter_smooth,flatquant,gptq", "auto", "vllm-ascend", "auto", 0, 0,
+    "iter_smooth,flatquant,gptq", "auto", "vllm-ascend", "auto", 1.137, 0.1267,
 )  # fmt: skip
 BEST_W4A4 = Named(
     "every linear of the blocks in four bits, weights and activations",
-    "iter_smooth,flatquant,gptq", "w4a4", "vllm-ascend", "w4a4", 0, 0,
+    "iter_smooth,flatquant,gptq", "w4a4", "vllm-ascend", "w4a4", 1.277, 0.2373,
 )  # fmt: skip
 BEST_W4A16 = Named(
     "weights in four bits, in groups of 64, activations float",
-    "autoround{iters=50}", "w4a16-g64", "modelslim", "w4a16-g64", 1.091, 0.1131,
+    "gptq", "w4a16-g64", "modelslim", "w4a16-g64-gptq", 1.09, 0.1133,
 )  # fmt: skip
 SMOOTHQUANT_O1 = Named(
     "SmoothQuant O1: one scale per weight tensor, one per token",

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from qc.compiler.errors import Failed
 from qc.compiler.load import load
 from qc.compiler.operand import Kronecker
+from qc.compiler.program import Leaf
 from qc.compiler.scheme import W4A4
 from qc.compiler.verify import verify
 from qc.compiler.view import BlockView
 from qc.passes.affine import Affine, cayley, on_grid, train
 from qc.runtime.hadamard import random_hadamard
-from qc.runtime.kronecker import fold, rotate
+from qc.runtime.kronecker import fold, rotate, split
 from qc.runtime.quantize import fake_quant_per_token
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
@@ -126,6 +127,39 @@ def test_a_learned_transform_keeps_the_function_and_loads(
     assert not [str(check) for check in verify(out) if check.wrong]
     want, got = (logits(load(path, dtype=torch.float32)) for path in (place.path, out))
     assert 1e-4 < relative(got, want) < 0.5
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "qwen2", "gemma2", "mixtral"])
+def test_it_works_on_packed_turned_biased_and_routed_linears(
+    family: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    place, out = home(family), tmp_path / "out"
+    wide = [
+        name
+        for name, leaf in place.program.leaves.items()
+        if leaf.kind == "linear"
+        and name.partition("layers.")[2] + name.partition(".h.")[2]
+        and not fits(leaf)
+    ]
+    exclude = "+".join(dict.fromkeys(f"*.{name.rpartition('.')[2]}" for name in wide)) or "none"
+    passes = "iter_smooth,flatquant{iters=3" + (f", exclude={exclude}" if wide else "") + "},gptq"
+    strategies = f"{{strategies=w8a8:{exclude.replace('+', '|')}+w4a4}}" if wide else ""
+    result = compiled(place, out, passes + strategies, scheme=None if wide else "w4a4", target="modelslim")
+    assert result.journal.worst < 1e-11
+    assert any(name.endswith("left_trans") for name in tensors_of(out))
+    assert not [str(check) for check in verify(out) if check.wrong]
+    want, got = (logits(load(path, dtype=torch.float32)) for path in (place.path, out))
+    assert 1e-4 < relative(got, want) < 0.7
+
+
+def fits(leaf: Leaf) -> bool:
+    """Whether the kernel can split the width that a linear reads."""
+    try:
+        split(leaf.parameters["weight"][0 if leaf.transposed else 1])
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.broad
