@@ -118,6 +118,27 @@ def make_parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", help="the checkpoint that it was made from: compare that one too")
     verify.add_argument("--json", action="store_true", help="for machines")
     verify.set_defaults(run=run_verify)
+    analyze = commands.add_parser(
+        "analyze", help="say which linears, layers or attentions are most sensitive"
+    )
+    analyze.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    analyze.add_argument(
+        "--metric", help="kurtosis, std, quantile or mse (default kurtosis; of attentions mse)"
+    )
+    analyze.add_argument("--by", default="linear", help="linear, layer or attention (default linear)")
+    analyze.add_argument("--scheme", default="w8a8", help="formats that mse rounds to (default w8a8)")
+    analyze.add_argument("--top", type=int, default=15, help="how many to leave out (default 15)")
+    analyze.add_argument(
+        "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
+    )
+    analyze.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    analyze.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    analyze.add_argument("--dtype", default="auto", help="dtype of the run: auto, bfloat16, float32")
+    analyze.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    analyze.add_argument(
+        "--json", action="store_true", help="for machines: all scores and the list to exclude"
+    )
+    analyze.set_defaults(run=run_analyze)
     recipes = commands.add_parser("recipes", help="list the named plans and what they reached")
     recipes.add_argument("name", metavar="NAME", nargs="?", help="one of them")
     recipes.set_defaults(run=run_recipes)
@@ -195,6 +216,34 @@ def run_compile(args: argparse.Namespace) -> None:
     for line in journal.passes(result.plan.rewrites):
         print(line)
     print(f"wrote {result.path}")
+
+
+def run_analyze(args: argparse.Namespace) -> None:
+    """``qc analyze``."""
+    import dataclasses
+
+    from .analyze import analyze, report_text
+    from .compile import Options
+    from .progress import shown
+
+    options = Options(
+        calib=tuple(f for fs in args.calib for f in fs), samples=args.samples, length=args.length,
+        dtype=args.dtype, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    with shown() as report:
+        found = analyze(
+            args.model,
+            options,
+            metric=args.metric,
+            by=args.by,
+            scheme=args.scheme,
+            top=args.top,
+            report=report,
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print(report_text(found))
 
 
 def run_recipes(args: argparse.Namespace) -> None:

@@ -127,7 +127,7 @@ def plan(model: Model | Program, passes: Passes, options: Options | None = None)
         program, passes.passes if isinstance(passes, Recipe) else passes,
         scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
         calibrate_all_experts=options.calibrate_all_experts,
-        run=Run(options.samples, options.length, _compute(program, options), tuple(map(str, options.calib))),
+        run=Run(options.samples, options.length, compute_dtype(program, options), tuple(map(str, options.calib))),
     )  # fmt: skip
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
     return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
@@ -222,7 +222,7 @@ def fallen_back(
     assert data is not None, "asked for below"
     with _own_random_state():
         names = most_sensitive(
-            planned, data.tokens, level(options.fallback), _compute(planned.program, options), report
+            planned, data.tokens, level(options.fallback), compute_dtype(planned.program, options), report
         )
     again = plan(planned.program, without(passes, names), replace(options, fallback="L0")).require()
     told = f"fallback {options.fallback}: {', '.join(names)} stay float, where rounding is heard most"
@@ -240,7 +240,9 @@ def attentions_left(
         if not count:
             continue
         with _own_random_state():
-            names = loudest_attentions(planned, step, data.tokens, _compute(planned.program, options), report)
+            names = loudest_attentions(
+                planned, step, data.tokens, compute_dtype(planned.program, options), report
+            )
         one: Any = step.what
         passes[step.index] = replace(one, fa_amp=0, exclude=(*one.exclude, *names[:count]))
         told.append(f"fa_amp={count}: {', '.join(names[:count])} stay float, where the grids are heard most")
@@ -258,7 +260,7 @@ def _work(
         with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
-                sink_for(planned, layout, writer), compute=_compute(planned.program, options), report=report,
+                sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=report,
             )  # fmt: skip
             solver.journal.twin(proved)
             journal = solver.run()
@@ -279,7 +281,8 @@ def _paths(model: Model | Program) -> list[Path]:
     return [Path(path)] if isinstance(path, str | Path) and Path(path).is_dir() else []
 
 
-def _compute(program: Program, options: Options) -> torch.dtype:
+def compute_dtype(program: Program, options: Options) -> torch.dtype:
+    """The dtype of calibration runs."""
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     own = {program.source.dtype(name) for name in program.source.names()}
@@ -290,15 +293,20 @@ def _data(planned: Plan, options: Options) -> Calibration | None:
     """Calibration tokens, where the plan needs them."""
     if not (planned.needs_data or level(options.fallback) or attentions_to_leave(planned)):
         return None
+    return calibration_of(planned.program, options)
+
+
+def calibration_of(program: Program, options: Options) -> Calibration:
+    """Calibration tokens for a model. Refused where there is no tokenizer, or one of another model."""
     tokenizer = options.tokenizer
     if tokenizer is None:
-        if planned.program.path is None:
+        if program.path is None:
             raise Refused(
                 "the model in memory has no tokenizer, and the plan needs calibration data: give tokenizer="
             )
-        tokenizer = load_tokenizer(planned.program.path)
+        tokenizer = load_tokenizer(program.path)
     data = calibration(options.calib, tokenizer, samples=options.samples, length=options.length)
-    rows, highest = vocabulary(planned.program), int(data.tokens.max())
+    rows, highest = vocabulary(program), int(data.tokens.max())
     if highest >= rows:
         raise Refused(
             f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows: the tokenizer"

@@ -7,11 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..runtime.attention_grid import head_grid
-from ..runtime.quantize import fake_quant_per_token, scale_for
 from . import registry
+from .attention_noise import AttentionNoise
 from .contract import Fact, Pass
 from .errors import Refused
 from .operand import Stub
@@ -92,47 +91,27 @@ def loudest_attentions(
 ) -> list[str]:
     """The attentions of a step that puts q, k and v on grids, those first whose outputs the grids change most.
 
-    The float model runs once; every attention is computed again with its operands on grids of each microbatch, and the
-    square error of its output is taken relative to the output, channel by channel: a huge channel hides nothing.
+    The float model runs once, and every attention is computed again as its stubs have it.
     """
-    stubs: dict[str, list[Stub]] = {}
+    grids: dict[str, dict[int, str]] = {}
     modules: dict[str, str] = {}
     for rewrite in step.answer.rewrites:
         for edit in rewrite.edits:
             if isinstance(edit.operand, Stub):
-                stubs.setdefault(edit.operand.node, []).append(edit.operand)
+                grids.setdefault(edit.operand.node, {})[edit.operand.operand] = edit.operand.scope
                 modules[edit.operand.node] = rewrite.where
-    noise: dict[str, Tensor] = {}
-    signal: dict[str, Tensor] = {}
+    noise = AttentionNoise(grids)
 
-    def on_value(node: fx.Node, given: tuple[Any, ...], value: Any) -> None:
-        if node.name not in stubs:
-            return
-        known = dict(zip(node.all_input_nodes, given, strict=True))
-        args = list(fx.node.map_arg(node.args, known.__getitem__))
-        for stub in stubs[node.name]:
-            args[stub.operand] = _on_grid(args[stub.operand], stub)
-        again = node.target(*args, **fx.node.map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
-        for sums, x in ((noise, again - value), (signal, value)):
-            sums[node.name] = sums.get(node.name, 0) + x.double().square().sum((0, 2))
-
-    def watch(part: Part) -> tuple[None, Any]:
+    def watch(part: Part) -> tuple[None, AttentionNoise]:
         report(Progress(part.name, part.index, len(plan.program.parts), f"{step.what.name} fallback"))
-        return None, on_value
+        return None, noise
 
     for _ in float_blocks(plan.program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch):
         pass
-    loud = {name: float((noise[name] / signal[name].clamp(min=1e-30)).mean()) for name in stubs}
-    order = sorted(stubs, key=lambda name: (-loud[name], name))
-    return list(dict.fromkeys(modules[name] for name in order))
-
-
-def _on_grid(x: Tensor, stub: Stub) -> Tensor:
-    """x [b, heads, t, d] on the grid that a stub would give it, its range taken from x."""
-    if stub.scope == "token":
-        return fake_quant_per_token(x, 8)
-    scale = scale_for(x.abs().amax((0, 2, 3)), 8)[:, None]
-    return head_grid(x, scale, torch.zeros_like(scale))
+    errors = noise.errors()
+    return list(
+        dict.fromkeys(modules[name] for name in sorted(errors, key=lambda name: (-errors[name], name)))
+    )
 
 
 def attentions_to_leave(plan: Plan) -> int:

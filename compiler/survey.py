@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from .part_work import cast, own_names
 from .plan import Plan
 from .program import Part, Program
 from .resident import release
-from .streams import needed_after, prologue
+from .streams import Stream, Values, needed_after, prologue
 from .view import BlockView, LinearHook
 
 
@@ -48,19 +50,45 @@ def survey(
         wanted = (one for _, _, needs in asking for one in needs if one.module in inside)
         return kept.setdefault(part.name, Observers(wanted)), None
 
-    for part, tensors in float_blocks(plan.program, ids, microbatch, compute, watch):
-        view = BlockView(part.name, tensors, kept.pop(part.name).results(), plan.dtype, plan.seed)
+    for block in float_blocks(plan.program, ids, microbatch, compute, watch):
+        statistics = kept.pop(block.part.name).results()
+        view = BlockView(block.part.name, block.tensors, statistics, plan.dtype, plan.seed)
         for what, rewrite, _ in asking:
             what.survey(rewrite, view)
     for what, rewrite, _ in asking:
         yield what, rewrite, what.learn(rewrite)
 
 
+class Run(Protocol):
+    """Runs a block over all microbatches, each linear replaced by a hook, each value shown to an observer."""
+
+    def __call__(self, linear: LinearHook | None = None, on_value: Observer | None = None) -> list[Values]:
+        """What the block hands on, microbatch by microbatch."""
+        ...
+
+
+@dataclass
+class FloatBlock:
+    """One block of the float model while its inputs are there."""
+
+    part: Part
+    tensors: Mapping[str, Tensor]
+    """Float32, by qualified name."""
+    run: Run
+    outputs: list[Values] = field(default_factory=list)
+    """Of the watched run."""
+
+    def weight(self, program: Program, linear: str) -> Tensor:
+        """Weight of a linear [out, in], float32."""
+        weight = self.tensors[f"{linear}.weight"]
+        return weight.T if program.leaves[linear].transposed else weight
+
+
 def float_blocks(
     program: Program, ids: Tensor, microbatch: int, compute: torch.dtype,
     watch: Callable[[Part], tuple[LinearHook | None, Observer | None]],
-) -> Iterator[tuple[Part, Mapping[str, Tensor]]]:  # fmt: skip
-    """Run block after block over the calibration tokens, each watched; yields each one, and its float32 tensors."""
+) -> Iterator[FloatBlock]:  # fmt: skip
+    """Run block after block over the calibration tokens, each watched; yields each one that ran."""
     needed, stream = needed_after(program), None
     last = max(part.index for part in program.blocks)
     for part in program.parts[: last + 1]:
@@ -73,11 +101,16 @@ def float_blocks(
             stream = prologue(program, tensors, ids, microbatch, compute, ())
             continue
         linear, on_value = watch(part)
-        used = cast(tensors, compute)
-        with torch.no_grad():
-            outputs = [
-                stream.run(i, program, part, used, (), linear, None, on_value)
-                for i in range(len(stream.batches))
-            ]
-        yield part, tensors
-        stream.advance(outputs, needed[part.index])
+        block = FloatBlock(part, tensors, _runner(stream, program, part, cast(tensors, compute)))
+        block.outputs = block.run(linear, on_value)
+        yield block
+        stream.advance(block.outputs, needed[part.index])
+
+
+def _runner(stream: Stream, program: Program, part: Part, tensors: Mapping[str, Tensor]) -> Run:
+    @torch.no_grad()
+    def run(linear: LinearHook | None = None, on_value: Observer | None = None) -> list[Values]:
+        batches = range(len(stream.batches))
+        return [stream.run(i, program, part, tensors, (), linear, None, on_value) for i in batches]
+
+    return run

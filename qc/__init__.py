@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import analyze as analyze
     from .api import capture as capture
     from .api import compile as compile
     from .api import evaluate as evaluate
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from .compiler.scheme import Scheme as Scheme
 
 _HOMES = {
-    ".api": ("capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
+    ".api": ("analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),

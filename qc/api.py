@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .compiler import compile as engine
+from .compiler.analyze import Analysis
+from .compiler.analyze import analyze as _analyze
 from .compiler.capture import capture
 from .compiler.contract import Pass
 from .compiler.errors import Refused
@@ -21,7 +23,7 @@ from .compiler.show.text import text as show
 from .compiler.solve import Progress
 from .compiler.verify import verify
 
-__all__ = ["capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"]
+__all__ = ["analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"]
 
 
 def plan(
@@ -90,6 +92,38 @@ def compile(
         calibrate_all_experts=calibrate_all_experts,
     )  # fmt: skip
     return engine.compile(model, _asked(passes, config), out, options, report)
+
+
+def analyze(
+    model: engine.Model | Program, *, metric: str | None = None, by: str = "linear", scheme: str | Scheme = "w8a8",
+    top: int = 15, calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, dtype: str = "auto",
+    tokenizer: Any = None, trust_remote_code: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Analysis:  # fmt: skip
+    """Which linears, layers or attentions of a float model are most sensitive to quantization, the worst first.
+
+    Args:
+        model: As for ``plan``.
+        metric: ``kurtosis``, ``std``, ``quantile`` or ``mse``; None is ``kurtosis``, and ``mse`` of attentions.
+        by: ``linear``, ``layer`` or ``attention``.
+        scheme: Formats that ``mse`` rounds to.
+        top: How many of the worst ``exclude`` of the result names.
+        calib: As for ``compile``.
+        samples: Calibration windows.
+        length: Tokens per window.
+        dtype: As for ``compile``.
+        tokenizer: As for ``compile``.
+        trust_remote_code: As for ``plan``.
+        report: Called with the progress.
+
+    Raises:
+        Refused: The input is not acceptable, or there is no such metric.
+    """
+    options = engine.Options(
+        calib=calib, samples=samples, length=length, dtype=dtype, tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return _analyze(model, options, metric=metric, by=by, scheme=scheme, top=top, report=report)
 
 
 def _asked(passes: str | Iterable[str | Pass] | None, config: str | Path | None) -> engine.Passes:

@@ -1,0 +1,273 @@
+"""Sensitivity: which linears, layers or attentions would suffer most from being quantized, found in one sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..runtime.quantize import dequantize, fake_quant_per_token, quantize, scale_for, scale_offset_for
+from .attention_noise import AttentionNoise
+from .attention_sites import attention_sites
+from .capture import capture
+from .compile import Model, Options, calibration_of, compute_dtype
+from .errors import Refused
+from .observe import Observers
+from .operand import Statistic
+from .program import Part, Program
+from .roles import mixtures, peers, read_together, roles_of, routers
+from .scheme import FLOAT, Int, LinearScheme, Scheme
+from .scheme_names import scheme_named
+from .solve import MICROBATCH, Progress
+from .survey import FloatBlock, float_blocks
+from .view import LinearHook
+
+METRICS = ("kurtosis", "std", "quantile", "mse")
+KINDS = ("linear", "layer", "attention")
+SHOWN, BAR = 15, 30
+"""Rows of the table at least, and the length of the longest bar."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How sensitive one thing is; more is worse."""
+
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What an analysis found."""
+
+    metric: str
+    by: str
+    scheme: str | None
+    """Formats that were rounded to; None where none were."""
+    scores: tuple[Score, ...]
+    """The worst first."""
+    exclude: tuple[str, ...]
+    """Globs of the worst, to paste into a recipe or after ``exclude=``."""
+
+
+def analyze(
+    model: Model | Program, options: Options | None = None, *, metric: str | None = None, by: str = "linear",
+    scheme: str | Scheme = "w8a8", top: int = 15,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Analysis:  # fmt: skip
+    """Which parts of a model are most sensitive to quantization: see ``sensitivity``.
+
+    Args:
+        model: As for a compile.
+        options: Calibration text, windows, dtype and tokenizer; the rest is not read.
+        metric: None is ``kurtosis``, and ``mse`` of attentions.
+        by: ``linear``, ``layer`` or ``attention``.
+        scheme: Formats for ``mse``.
+        top: How many of the worst the list to exclude holds; ties with the last come too.
+        report: Told of the progress.
+
+    Raises:
+        Refused: The input is not acceptable, or there is nothing of the kind in the model.
+    """
+    options = options or Options()
+    metric = metric or ("mse" if by == "attention" else "kurtosis")
+    if top < 1:
+        raise Refused(f"--top {top}: at least 1")
+    formats = scheme_named(scheme) if isinstance(scheme, str) else scheme
+    check_asked(metric, by, formats)
+    program = (
+        model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
+    )
+    data = calibration_of(program, options)
+    scores = sensitivity(
+        program, data.tokens, metric=metric, by=by, scheme=formats, compute=compute_dtype(program, options),
+        report=report,
+    )  # fmt: skip
+    if not scores:
+        raise Refused(f"--by {by}: the model has no {by} that could be looked at")
+    rounded = formats.name if metric == "mse" and by != "attention" else None
+    return Analysis(metric, by, rounded, scores, tuple(to_exclude(program, scores, by, top)))
+
+
+def check_asked(metric: str, by: str, scheme: Scheme) -> None:
+    """Refused for a combination that there is not."""
+    if metric not in METRICS or by not in KINDS:
+        raise Refused(f"--metric {metric} --by {by}: metrics are {', '.join(METRICS)}; by {', '.join(KINDS)}")
+    if by == "attention" and metric != "mse":
+        raise Refused(f"--by attention --metric {metric}: attentions are compared by mse")
+    if metric == "mse" and by != "attention" and not scheme.rules:
+        raise Refused(f"--metric mse --scheme {scheme.name}: give formats to round to, such as w8a8")
+
+
+@torch.no_grad()
+def sensitivity(
+    program: Program, ids: Tensor, *, metric: str, by: str, scheme: Scheme,
+    compute: torch.dtype = torch.float32, report: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Score, ...]:  # fmt: skip
+    """Scores of all linears of the blocks, of the blocks, or of the attentions, the worst first.
+
+    Args:
+        program: The float model; it runs once over the tokens, block by block.
+        ids: Calibration tokens [n, length].
+        metric: Of the inputs of a linear ``kurtosis`` (excess, of all values), ``std`` (largest value over the largest
+            deviation of a channel) or ``quantile`` (the step of an int8 grid over the distance of the quartiles); or
+            ``mse``, the relative error of an output once rounded to nearest: of the linear, of the block with all its
+            linears, or of the attention with q, k and v in int8.
+        by: ``linear``, ``layer`` (the worst of its linears, or its own output for ``mse``) or ``attention``.
+        scheme: Formats for ``mse`` of linears and layers.
+        compute: Dtype of the run.
+        report: Told of the progress.
+
+    Source: spec/modelslim.md 7.1. All values of a sample of rows count, where the reference tool takes one value in a
+    hundred: that misses channels whose number has a factor in common with a hundred.
+    """
+    found: dict[str, float] = {}
+    left, roles = routers(program), roles_of(program)
+    formats = lambda name: scheme.of(name, roles)  # noqa: E731
+    attentions = {site.node: site.module for site in attention_sites(program)} if by == "attention" else {}
+    noise = AttentionNoise({node: dict.fromkeys(range(3), "head") for node in attentions})
+    observers: dict[str, Observers] = {}
+
+    def watch(part: Part) -> tuple[LinearHook | None, Any]:
+        report(Progress(part.name, part.index, len(program.parts), f"{metric} by {by}"))
+        if by == "attention":
+            return None, noise
+        names = [name for name in linears_of(program, part) if name not in left]
+        observers[part.name] = Observers(
+            (Statistic("rows", name) for name in names), peers(mixtures(program))
+        )
+        return observers[part.name], None
+
+    for block in float_blocks(program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch):
+        if by == "attention":
+            continue
+        rows = {need.module: seen for need, seen in observers.pop(block.part.name).results().items()}
+        if metric == "mse" and by == "layer":
+            found[block.part.name] = _layer_error(block, rows, formats)
+            continue
+        scores: dict[str, float] = {}
+        for name, seen in rows.items():
+            weight = block.weight(program, name)
+            scores[name] = (
+                _linear_error(seen, weight, formats(name)) if metric == "mse" else UNARY[metric](seen)
+            )
+        found |= scores if by == "linear" else {block.part.name: max(scores.values(), default=0.0)}
+    found |= {attentions[node]: error for node, error in noise.errors().items()}
+    return tuple(
+        sorted((Score(name, value) for name, value in found.items()), key=lambda s: (-s.value, s.name))
+    )
+
+
+def linears_of(program: Program, part: Part) -> list[str]:
+    """The linears of a part, in graph order."""
+    names = (str(node.target) for node in program.nodes(part) if node.op == "call_module")
+    return [name for name in dict.fromkeys(names) if program.leaves[name].kind == "linear"]
+
+
+def kurtosis(rows: Tensor) -> float:
+    """Excess kurtosis of all values of rows [n, channels]."""
+    x = rows.flatten().double()
+    centred = x - x.mean()
+    variance = float(centred.square().mean())
+    return float(centred.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0
+
+
+def std(rows: Tensor) -> float:
+    """The largest magnitude over the largest standard deviation of a channel."""
+    deviation = float((rows.double() - rows.double().mean(0)).square().mean(0).sqrt().max())
+    return float(rows.abs().max()) / deviation if deviation > 0 else 0.0
+
+
+def quantile(rows: Tensor) -> float:
+    """The step of an int8 grid of all values over the distance of their quartiles."""
+    x = rows.flatten().double().sort().values
+    low, high = (float(x[round(share * (len(x) - 1))]) for share in (0.25, 0.75))
+    return 2 * float(rows.abs().max()) / 254 / (high - low + 1e-10)
+
+
+UNARY: Mapping[str, Callable[[Tensor], float]] = {"kurtosis": kurtosis, "std": std, "quantile": quantile}
+
+
+def nearest(weight: Tensor, format: Int) -> Tensor:
+    """A weight [out, in] rounded to nearest in its whole range, one scale per tensor, row or group."""
+    shape = (1, 1, -1) if format.per == "tensor" else (len(weight), -1, format.group or weight.shape[1])
+    rows = weight.reshape(shape)
+    scale = scale_for(rows.abs().amax(-1, keepdim=True), format.bits)
+    return dequantize(quantize(rows, scale, format.bits), scale).reshape(weight.shape)
+
+
+def on_grid(x: Tensor, format: Int | None, rows: Tensor) -> Tensor:
+    """An activation [..., in] on its grid; a fixed one spans the sample ``rows``."""
+    if format is None:
+        return x
+    if format.per != "tensor":
+        return fake_quant_per_token(x, format.bits)
+    low, high = rows.min()[None], rows.max()[None]
+    if format.symmetric:
+        low, high = -torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
+    scale, offset = scale_offset_for(low, high, format.bits, torch.float32)
+    return dequantize(quantize(x.float(), scale, format.bits, offset), scale, offset).to(x.dtype)
+
+
+def _linear_error(rows: Tensor, weight: Tensor, scheme: LinearScheme) -> float:
+    if scheme.weight is None:
+        return 0.0
+    y = rows @ weight.T
+    noisy = on_grid(rows, scheme.act, rows) @ nearest(weight, scheme.weight).T
+    return float((noisy - y).norm() / y.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _layer_error(
+    block: FloatBlock, rows: Mapping[str, Tensor], formats: Callable[[str], LinearScheme]
+) -> float:
+    """The relative error of what a block hands on, each token over its own size, with all its linears rounded."""
+
+    def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        scheme = formats(name) if name in rows else FLOAT
+        if scheme.weight is not None:
+            x = on_grid(x, scheme.act, rows[name])
+            weight = nearest(weight.float(), scheme.weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    total, count = 0.0, 0
+    for want, got in zip(block.outputs, block.run(hook), strict=True):
+        for name, value in want.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                error = (got[name].float() - value.float()).square().mean(-1)
+                size = value.float().square().mean(-1).clamp(min=1e-12)
+                total, count = total + float((error / size).sum()), count + error.numel()
+    return (total / max(count, 1)) ** 0.5
+
+
+def to_exclude(program: Program, scores: Iterable[Score], by: str, top: int) -> list[str]:
+    """Globs of the ``top`` worst, for ``exclude``; linears that a server runs as one come together."""
+    together, found = read_together(program), dict[str, None]()
+    ranked = list(scores)
+    worst = ranked[:top] + [s for s in ranked[top:] if top and s.value == ranked[top - 1].value]
+    for score in worst:
+        if by == "layer":
+            found[f"{score.name}.*"] = None
+            continue
+        parent = score.name.rpartition(".")[0]
+        beside = together.get(score.name, (score.name,)) if by == "linear" else (score.name,)
+        found |= {name: None for name in beside if name.rpartition(".")[0] == parent}
+    return list(found)
+
+
+def report_text(found: Analysis) -> str:
+    """A table with bars, the worst first, and a list that can be pasted."""
+    rounded = f" in {found.scheme}" if found.scheme else ""
+    lines = [f"{found.metric} by {found.by}{rounded}, {len(found.scores)} in all; more is worse", ""]
+    most = max(abs(score.value) for score in found.scores) or 1.0
+    width = max(len(score.name) for score in found.scores)
+    shown = found.scores[: max(len(found.exclude), SHOWN)]
+    for rank, score in enumerate(shown, 1):
+        bar = "█" * round(BAR * max(score.value, 0.0) / most)
+        lines.append(f"{rank:4}  {score.name:{width}}  {score.value:10.4g}  {bar}".rstrip())
+    if len(found.scores) > len(shown):
+        lines.append(f"      and {len(found.scores) - len(shown)} more, down to {found.scores[-1].value:.4g}")
+    return "\n".join([*lines, "", "exclude:", *(f'- "{glob}"' for glob in found.exclude)])
