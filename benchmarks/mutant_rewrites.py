@@ -85,7 +85,11 @@ def killed_by(mutant: Mutant | None, family: str, passes: Any = None) -> str:
     """
     plan = make_plan(
         program_of(family), passes or (mutant.passes if mutant else ""), scheme="float", target="modelslim"
-    ).require()
+    )
+    if not all(
+        "behind an online rotation" in problem for problem in plan.problems
+    ):  # nothing here is written
+        plan.require()
     plan = replace(plan, dtype=torch.float32)
     done: list[str] = []
     with ExitStack() as stack:

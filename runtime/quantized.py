@@ -21,8 +21,6 @@ class QuantizedLinear:
     """int8 [out, in]; a 4-bit format uses -8..7."""
     scale: Tensor
     """float32 [out, 1], or [out, groups] along the input channels."""
-    offset: Tensor | None = None
-    """Of the shape of ``scale``, integral: the weight is about (q - offset) * scale; None is symmetric."""
     bias: Tensor | None = None
     """Float [out]."""
     input_scale: Tensor | None = None
@@ -39,6 +37,8 @@ class QuantizedLinear:
     """A low-rank branch beside it, [rank, in] and [out, rank], already taken off the weight."""
     clip: float = 1.0
     """Ratio in (0, 1] by which the per-token scale of the activation is cut."""
+    offset: Tensor | None = None
+    """Of the shape of ``scale``, integral: the weight is about (q - offset) * scale; None is symmetric."""
 
     @property
     def dense(self) -> Tensor:

@@ -163,7 +163,7 @@ def test_windows_longer_than_the_positions_of_the_model(command: Command, home: 
     ("argv", "words"),
     [
         (("--passes", ""), "no passes were given"),
-        (("--passes", " , "), "there are autoround"),
+        (("--passes", " , "), "there are adapt_residual, autoround"),
         (("--passes", "linear_quant,linear_quant"), "linear_quant has nothing to do: passes before it"),
         ((*W8A8, "--seed", -1), "--seed -1: between 0 and"),
         ((*W8A8, "--seed", 2**32), "between 0 and 4294967295"),
