@@ -22,19 +22,19 @@ BEST_W4A16 = Named(
 )  # fmt: skip
 SMOOTHQUANT_O1 = Named(
     "SmoothQuant O1: one scale per weight tensor, one per token",
-    "smooth_quant,linear_quant", "w8a8-pt", "vllm-ascend", "smoothquant-o1", 0, 0,
+    "smooth_quant,linear_quant", "w8a8-pt", "vllm-ascend", "smoothquant-o1", 1.0726, 0.06772,
 )  # fmt: skip
 SMOOTHQUANT_O3 = Named(
     "SmoothQuant O3: one scale per weight tensor, one fixed scale per activation",
-    "smooth_quant,linear_quant", "w8a8-static-symmetric-pt", "vllm-ascend", "smoothquant-o3", 0, 0,
+    "smooth_quant,linear_quant", "w8a8-static-symmetric-pt", "vllm-ascend", "smoothquant-o3", 2.0882, 0.7525,
 )  # fmt: skip
 ZEROQUANT = Named(
     "ZeroQuant: weights in groups, one scale per token",
-    "linear_quant", "w8a8-g64", "modelslim", "zeroquant", 0, 0,
+    "linear_quant", "w8a8-g64", "modelslim", "zeroquant", 1.0299, 0.0282,
 )  # fmt: skip
 OUTLIER_SUPPRESSION = Named(
     "Outlier Suppression: gains moved into weights, fixed ranges that cut outliers",
-    "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression", 0, 0,
+    "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression", 1.4685, 0.39954,
 )  # fmt: skip
 AWQ = Named(
     "AWQ: channels scaled for weights alone, scale and clip searched",
@@ -42,5 +42,5 @@ AWQ = Named(
 )  # fmt: skip
 QUAROT_GPTQ = Named(
     "QuaRot with online rotations, and GPTQ, behind a smoothing",
-    "iter_smooth,quarot{online=true},gptq", "w4a4", "vllm-ascend", "w4a4/quarot-online/gptq", 0, 0,
+    "iter_smooth,quarot{online=true},gptq", "w4a4", "vllm-ascend", "w4a4/quarot-online/gptq", 1.8679, 0.628,
 )  # fmt: skip
