@@ -34,7 +34,8 @@ ZEROQUANT = Named(
 )  # fmt: skip
 OUTLIER_SUPPRESSION = Named(
     "Outlier Suppression: gains moved into weights, fixed ranges that cut outliers",
-    "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression", 1.4685, 0.39954,
+    "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression",
+    1.4685, 0.39954,
 )  # fmt: skip
 AWQ = Named(
     "AWQ: channels scaled for weights alone, scale and clip searched",
