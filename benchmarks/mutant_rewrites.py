@@ -83,14 +83,10 @@ def killed_by(mutant: Mutant | None, family: str, passes: Any = None) -> str:
     Raises:
         ValueError: The mutant found nothing to do wrong there.
     """
-    plan = make_plan(
-        program_of(family), passes or (mutant.passes if mutant else ""), scheme="float", target="modelslim"
-    )
-    if not all(
-        "behind an online rotation" in problem for problem in plan.problems
-    ):  # nothing here is written
-        plan.require()
-    plan = replace(plan, dtype=torch.float32)
+    chosen = passes or (mutant.passes if mutant else "")
+    plan = make_plan(program_of(family), chosen, scheme="float", target="modelslim")
+    others = tuple(p for p in plan.problems if "behind an online rotation" not in p)  # nothing is written
+    plan = replace(plan, dtype=torch.float32, problems=others).require()
     done: list[str] = []
     with ExitStack() as stack:
         stack.enter_context(patch.object(Hadamard, "times", lambda self, x: _turn(self, x, False)))
