@@ -224,7 +224,7 @@ def fallen_back(
         names = most_sensitive(
             planned, data.tokens, level(options.fallback), compute_dtype(planned.program, options), report
         )
-    again = plan(planned.program, without(passes, names), replace(options, fallback="L0")).require()
+    again = plan(planned.program, without(planned.steps, names), replace(options, fallback="L0")).require()
     told = f"fallback {options.fallback}: {', '.join(names)} stay float, where rounding is heard most"
     return replace(again, notes=(*planned.notes, told))
 

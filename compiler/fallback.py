@@ -12,6 +12,7 @@ from torch import Tensor
 from . import registry
 from .attention_noise import AttentionNoise
 from .contract import Fact, Pass
+from .edit import Verb
 from .errors import Refused
 from .operand import Stub
 from .plan import Plan, Step, all_have_formats, make_plan
@@ -19,6 +20,9 @@ from .program import Part
 from .roles import read_together, roles_of
 from .solve import MICROBATCH, Progress, Solver
 from .survey import float_blocks
+
+BESIDE_INTEGERS = (Verb.WRAP, Verb.BRANCH, Verb.SWAP)
+"""Edits that targets have room for at integer linears alone."""
 
 
 def level(text: str) -> int:
@@ -119,8 +123,13 @@ def attentions_to_leave(plan: Plan) -> int:
     return sum(int(step.what.options().get("fa_amp", 0)) for step in plan.steps)
 
 
-def without(passes: Iterable[Pass], names: tuple[str, ...]) -> list[Pass]:
-    """The passes, with every quantizer leaving some linears float."""
-    passes = list(passes)
-    able = quantizers(passes)
-    return [replace(one, exclude=(*one.exclude, *names)) if one in able else one for one in passes]
+def without(steps: Iterable[Step], names: tuple[str, ...]) -> list[Pass]:
+    """The passes of a plan, each of which leaves alone what it would make beside the integers of these linears."""
+    found: list[Pass] = []
+    for step in steps:
+        edits = [edit for rewrite in step.answer.rewrites for edit in rewrite.edits]
+        made = {edit.site.module for edit in edits if edit.verb in BESIDE_INTEGERS}
+        left = tuple(name for name in names if name in made)
+        one: Any = step.what
+        found.append(replace(one, exclude=(*one.exclude, *left)) if left and hasattr(one, "exclude") else one)
+    return found

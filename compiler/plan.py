@@ -284,17 +284,17 @@ def order_problems(chosen: Sequence[Pass]) -> list[str]:
         taken = one.takes(setting_at(chosen, index, **neutral))
         for pattern in taken:
             shown = pattern.name.replace("_", "-")
+            typed = hasattr(one, "enable_subgraph_type")
+            leave = f", or leave {shown} out (enable_subgraph_type=...)" if typed else ""
             for other, why in one.before.get(pattern, {}).items():
                 if other in names[:index]:
                     problems.append(
-                        f"{one.name} takes {shown} sites after {other}: {why}. Put it before {other}, or leave "
-                        f"{shown} out (enable_subgraph_type=...)"
+                        f"{one.name} takes {shown} sites after {other}: {why}. Put it before {other}{leave}"
                     )
             for other, why in one.after.get(pattern, {}).items():
                 if other in names[index + 1 :]:
                     problems.append(
-                        f"{one.name} takes {shown} sites before {other}: {why}. Put it after {other}, or leave "
-                        f"{shown} out (enable_subgraph_type=...)"
+                        f"{one.name} takes {shown} sites before {other}: {why}. Put it after {other}{leave}"
                     )
     return problems
 

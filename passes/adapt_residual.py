@@ -12,6 +12,7 @@ from ..compiler.adapted import Adapted, Turn
 from ..compiler.contract import Answer, Rewrite, Setting
 from ..compiler.operand import Hadamard, Statistic
 from ..compiler.program import Program
+from ..compiler.roles import roles_of
 from ..compiler.view import BlockView
 from ..patterns.norm_linear import norm_linear
 from .procrustes import adapt
@@ -42,8 +43,9 @@ class AdaptResidual(RotateResidual):
     """Most turns of the search, 1 to 1000."""
     quant_dtype: Literal["int4", "int8"] = "int4"
     """The grid on which values are rounded."""
-    layer_type: tuple[str, ...] = ("up_proj",)
-    """Linears whose inputs are looked at: those whose name contains one of these."""
+    layer_type: tuple[str, ...] = ()
+    """Linears whose inputs are looked at: those whose name contains one of these; none takes the writers of gated
+    products, and in a model that has none every linear behind a norm."""
     max_samples: int = 2048
     """Tokens that are kept of each such linear, 1 to 100000."""
 
@@ -53,8 +55,8 @@ class AdaptResidual(RotateResidual):
             raise ValueError(f"steps={self.steps}: it must be 1 to 1000")
         if not 1 <= self.max_samples <= 100_000:
             raise ValueError(f"max_samples={self.max_samples}: it must be 1 to 100000")
-        if not self.layer_type or not all(self.layer_type):
-            raise ValueError("layer_type: give at least one part of a name, such as up_proj")
+        if not all(self.layer_type):
+            raise ValueError("layer_type: an empty part of a name is in every name: leave it out")
         if self.quant_dtype not in BITS:
             raise ValueError(f"quant_dtype={self.quant_dtype}: it is int4 or int8")
 
@@ -79,10 +81,14 @@ class AdaptResidual(RotateResidual):
     def norms(self, program: Program) -> dict[str, tuple[str, float]]:
         """The linears that are looked at, one of those that read one value, with their norm and its gain's offset."""
         inside, found = block_linears(program), dict[str, tuple[str, float]]()
+        gated = roles_of(program)["gated"]
         for match in norm_linear.find(program):
             facts = program.leaves[match.norm.module].norm
             names = [r.module for r in match.readers if r.channels is None and r.module in inside]
-            taken = [name for name in names if any(part in name for part in self.layer_type)]
+            if self.layer_type:
+                taken = [name for name in names if any(part in name for part in self.layer_type)]
+            else:
+                taken = [name for name in names if name in gated or not gated]
             if taken and facts is not None:
                 found[taken[0]] = (match.norm.module, facts.offset)
         return found

@@ -34,7 +34,7 @@ def quarot(
 def adapt_rotation(
     steps: int = 20,
     quant_dtype: Literal["int4", "int8"] = "int4",
-    layer_type: tuple[str, ...] = ("up_proj",),
+    layer_type: tuple[str, ...] = (),
     max_samples: int = 2048,
     block_size: int = -1,
     online: bool = False,

@@ -15,6 +15,7 @@ from qc.compiler.errors import Refused
 from qc.compiler.load import load
 from qc.compiler.recipe import read_recipe
 from qc.compiler.spelling import passes_of
+from qc.passes.adapt_residual import AdaptResidual
 from qc.passes.procrustes import adapt, nearest_rotation, rounded
 from tests.homes import Home, compiled, logits
 from tests.plans import planned
@@ -78,12 +79,16 @@ def test_adapting_helps_and_never_hurts(bits: int, keeps_ones: bool) -> None:
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("family", "layer"), [("llama", "up_proj"), ("gpt2", "c_fc"), ("phi3", "gate_up")])
+@pytest.mark.parametrize(
+    ("family", "layer"),
+    CHOSEN,
+)
 def test_the_adapted_rotation_keeps_the_function(
     family: str, layer: str, home: Callable[[str], Home], tmp_path: Path
 ) -> None:
     place, out = home(family), tmp_path / "out"
-    passes = f"adapt_rotation{{layer_type={layer}, steps=4}},linear_quant"
+    chosen = f"layer_type={layer}, " if layer else ""
+    passes = f"adapt_rotation{{{chosen}steps=4}},linear_quant"
     result = compiled(place, out, passes, scheme="w8a8", target="modelslim")
     assert result.journal.worst < 1e-11
     (learned,) = (entry for entry in result.journal.entries if "survey" in entry)
@@ -93,14 +98,20 @@ def test_the_adapted_rotation_keeps_the_function(
     assert 1e-4 < relative(got, want) < 0.1
 
 
+def test_linears_are_chosen_by_dataflow_where_no_name_is_given() -> None:
+    for family, part in (("llama", "gate_proj"), ("phi3", "gate_up_proj")):
+        chosen = AdaptResidual().norms(captured(family))
+        assert len(chosen) == len(captured(family).blocks)
+        assert all(part in name or "up_proj" in name for name in chosen)
+    assert len(AdaptResidual().norms(captured("gpt2"))) == 2 * len(captured("gpt2").blocks)
+
+
 def test_a_layer_type_that_no_linear_has_is_a_problem() -> None:
     found = planned("llama", "adapt_rotation{layer_type=c_fc}", scheme="float", target="modelslim").problems
     assert any("layer_type=c_fc" in problem and "up_proj" in problem for problem in found)
 
 
-@pytest.mark.parametrize(
-    "options", ["steps=0", "max_samples=0", "layer_type=", "quant_dtype=int3", "block_size=3"]
-)
+@pytest.mark.parametrize("options", ["steps=0", "max_samples=0", "quant_dtype=int3", "block_size=3"])
 def test_options_out_of_range_are_refused(options: str) -> None:
     with pytest.raises(Refused, match=options.partition("=")[0]):
         passes_of(f"adapt_rotation{{{options}}}")

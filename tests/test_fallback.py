@@ -95,3 +95,25 @@ def test_fa_amp_leaves_something_to_quantize() -> None:
     assert any("fa_amp=9 leaves none" in problem for problem in found)
     with pytest.raises(Refused, match="fa_amp=-1"):
         passes_of("fa3_quant{fa_amp=-1}")
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize(
+    ("passes", "scheme"),
+    [
+        ("flatquant{iters=1},gptq", "w4a4"),
+        ("online_rotation,linear_quant", "w4a4"),
+        ("svd_res{rank=2},linear_quant", "w8a8"),
+    ],
+)
+def test_what_stands_beside_integers_alone_leaves_the_same_linears(
+    passes: str, scheme: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    """A linear that falls back to float keeps no online transform and no branch, which no target has there."""
+    place = home("llama-128")
+    result = compiled(place, tmp_path / "out", passes, scheme=scheme, target="modelslim", fallback="L3")
+    left = [str(n.target) for n in result.plan.final.graph.nodes if n.meta.keys() & {"rotated", "branch"}]
+    quantized = {str(n.target) for n in result.plan.final.graph.nodes if "scheme" in n.meta}
+    assert len(quantized) < 7 * len(place.program.blocks)
+    assert left
+    assert set(left) <= quantized

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from qc.compiler.errors import Failed
 from qc.compiler.load import load
@@ -127,6 +128,11 @@ def test_a_learned_transform_keeps_the_function_and_loads(
     assert not [str(check) for check in verify(out) if check.wrong]
     want, got = (logits(load(path, dtype=torch.float32)) for path in (place.path, out))
     assert 1e-4 < relative(got, want) < 0.5
+    name = "model.layers.0.mlp.up_proj.left_trans"
+    (file,) = out.glob("*.safetensors")
+    tensors[name][0] = 0
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert any(name in wrong and "can hardly be inverted" in wrong for c in verify(out) for wrong in c.wrong)
 
 
 @pytest.mark.broad
