@@ -8,23 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from ..runtime.quantize import dequantize, fake_quant_per_token, quantize, scale_for, scale_offset_for
+from ..runtime.quantized import QuantizedLinear
+from . import registry
 from .attention_noise import AttentionNoise
 from .attention_sites import attention_sites
 from .capture import capture
 from .compile import Model, Options, calibration_of, compute_dtype
 from .errors import Refused
+from .fake_quant import fake_act, quantized_linears
 from .observe import Observers
-from .operand import Statistic
+from .operand import Quantize, Statistic
+from .plan import make_plan
 from .program import Part, Program
-from .roles import mixtures, peers, read_together, roles_of, routers
-from .scheme import FLOAT, Int, LinearScheme, Scheme
+from .roles import mixtures, peers, read_together, routers
+from .scheme import FLOAT, LinearScheme, Scheme
 from .scheme_names import scheme_named
 from .solve import MICROBATCH, Progress
 from .survey import FloatBlock, float_blocks
-from .view import LinearHook
+from .view import BlockView, LinearHook
 
 METRICS = ("kurtosis", "std", "quantile", "mse")
 KINDS = ("linear", "layer", "attention")
@@ -126,8 +128,8 @@ def sensitivity(
     hundred: that misses channels whose number has a factor in common with a hundred.
     """
     found: dict[str, float] = {}
-    left, roles = routers(program), roles_of(program)
-    formats = lambda name: scheme.of(name, roles)  # noqa: E731
+    left = routers(program)
+    nearest = _Nearest(program, scheme) if metric == "mse" and by != "attention" else None
     attentions = {site.node: site.module for site in attention_sites(program)} if by == "attention" else {}
     noise = AttentionNoise({node: dict.fromkeys(range(3), "head") for node in attentions})
     observers: dict[str, Observers] = {}
@@ -137,24 +139,29 @@ def sensitivity(
         if by == "attention":
             return None, noise
         names = [name for name in linears_of(program, part) if name not in left]
-        observers[part.name] = Observers(
-            (Statistic("rows", name) for name in names), peers(mixtures(program))
-        )
+        wanted = [Statistic("rows", name) for name in names]
+        wanted += [need for name in names for need in (nearest.needs(name) if nearest else ())]
+        observers[part.name] = Observers(wanted, peers(mixtures(program)))
         return observers[part.name], None
 
     for block in float_blocks(program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch):
         if by == "attention":
             continue
-        rows = {need.module: seen for need, seen in observers.pop(block.part.name).results().items()}
-        if metric == "mse" and by == "layer":
-            found[block.part.name] = _layer_error(block, rows, formats)
+        statistics = observers.pop(block.part.name).results()
+        rows = {need.module: seen for need, seen in statistics.items() if need.kind == "rows"}
+        quantized, schemes = nearest.of(block, rows, statistics, program) if nearest else ({}, {})
+        if nearest is not None and by == "layer":
+            hook = quantized_linears(quantized, schemes, compute)
+            found[block.part.name] = _layer_error(block, hook)
             continue
-        scores: dict[str, float] = {}
-        for name, seen in rows.items():
-            weight = block.weight(program, name)
-            scores[name] = (
-                _linear_error(seen, weight, formats(name)) if metric == "mse" else UNARY[metric](seen)
+        scores = {
+            name: _linear_error(
+                seen, block.weight(program, name), quantized.get(name), schemes.get(name, FLOAT)
             )
+            if nearest is not None
+            else UNARY[metric](seen)
+            for name, seen in rows.items()
+        }
         found |= scores if by == "linear" else {block.part.name: max(scores.values(), default=0.0)}
     found |= {attentions[node]: error for node, error in noise.errors().items()}
     return tuple(
@@ -192,47 +199,50 @@ def quantile(rows: Tensor) -> float:
 UNARY: Mapping[str, Callable[[Tensor], float]] = {"kurtosis": kurtosis, "std": std, "quantile": quantile}
 
 
-def nearest(weight: Tensor, format: Int) -> Tensor:
-    """A weight [out, in] rounded to nearest in its whole range, one scale per tensor, row or group."""
-    shape = (1, 1, -1) if format.per == "tensor" else (len(weight), -1, format.group or weight.shape[1])
-    rows = weight.reshape(shape)
-    scale = scale_for(rows.abs().amax(-1, keepdim=True), format.bits)
-    return dequantize(quantize(rows, scale, format.bits), scale).reshape(weight.shape)
+class _Nearest:
+    """The linears of a block as ``linear_quant`` rounds them in a scheme."""
+
+    def __init__(self, program: Program, scheme: Scheme) -> None:
+        rounding: Any = registry.get("passes", "linear_quant")
+        (step,) = make_plan(program, [rounding()], scheme=scheme, target="modelslim").require().steps
+        self.what = step.what
+        self.rewrites = {rewrite.where: rewrite for rewrite in step.answer.rewrites}
+
+    def needs(self, name: str) -> tuple[Statistic, ...]:
+        """What has to be seen of the input of a linear."""
+        found = self.rewrites.get(name)
+        return tuple(need for slot in found.slots for need in slot.needs) if found is not None else ()
+
+    def of(
+        self,
+        block: FloatBlock,
+        names: Iterable[str],
+        statistics: Mapping[Statistic, Tensor],
+        program: Program,
+    ) -> tuple[dict[str, QuantizedLinear], dict[str, LinearScheme]]:
+        """Integers and schemes of the linears of a block that the scheme quantizes."""
+        turned = frozenset(name for name, leaf in program.leaves.items() if leaf.transposed)
+        view = BlockView(block.part.name, block.tensors, statistics, torch.float32, 0, transposed=turned)
+        quantized, schemes = {}, {}
+        for name in names:
+            if (rewrite := self.rewrites.get(name)) is not None:
+                (edit,) = rewrite.edits
+                assert isinstance(edit.operand, Quantize)
+                quantized[name] = self.what.solve(rewrite, view)[edit.operand.slot]
+                schemes[name] = edit.operand.scheme
+        return quantized, schemes
 
 
-def on_grid(x: Tensor, format: Int | None, rows: Tensor) -> Tensor:
-    """An activation [..., in] on its grid; a fixed one spans the sample ``rows``."""
-    if format is None:
-        return x
-    if format.per != "tensor":
-        return fake_quant_per_token(x, format.bits)
-    low, high = rows.min()[None], rows.max()[None]
-    if format.symmetric:
-        low, high = -torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())
-    scale, offset = scale_offset_for(low, high, format.bits, torch.float32)
-    return dequantize(quantize(x.float(), scale, format.bits, offset), scale, offset).to(x.dtype)
-
-
-def _linear_error(rows: Tensor, weight: Tensor, scheme: LinearScheme) -> float:
-    if scheme.weight is None:
+def _linear_error(rows: Tensor, weight: Tensor, q: QuantizedLinear | None, scheme: LinearScheme) -> float:
+    if q is None:
         return 0.0
     y = rows @ weight.T
-    noisy = on_grid(rows, scheme.act, rows) @ nearest(weight, scheme.weight).T
+    noisy = fake_act(rows, scheme, q) @ q.dense.T
     return float((noisy - y).norm() / y.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _layer_error(
-    block: FloatBlock, rows: Mapping[str, Tensor], formats: Callable[[str], LinearScheme]
-) -> float:
-    """The relative error of what a block hands on, each token over its own size, with all its linears rounded."""
-
-    def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        scheme = formats(name) if name in rows else FLOAT
-        if scheme.weight is not None:
-            x = on_grid(x, scheme.act, rows[name])
-            weight = nearest(weight.float(), scheme.weight)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
+def _layer_error(block: FloatBlock, hook: LinearHook) -> float:
+    """The relative error of what a block hands on, each token over its own size, with linears as a hook has them."""
     total, count = 0.0, 0
     for want, got in zip(block.outputs, block.run(hook), strict=True):
         for name, value in want.items():

@@ -78,11 +78,11 @@ def test_adapting_helps_and_never_hurts(bits: int, keeps_ones: bool) -> None:
         torch.testing.assert_close(found @ ones, ones)
 
 
+CHOSEN = [("llama", "up_proj"), ("gpt2", "c_fc"), ("phi3", "gate_up"), ("llama", ""), ("gpt2", "")]
+
+
 @pytest.mark.broad
-@pytest.mark.parametrize(
-    ("family", "layer"),
-    CHOSEN,
-)
+@pytest.mark.parametrize(("family", "layer"), CHOSEN)
 def test_the_adapted_rotation_keeps_the_function(
     family: str, layer: str, home: Callable[[str], Home], tmp_path: Path
 ) -> None:
