@@ -1,0 +1,6 @@
+"""One file per command: ``add`` declares its options, ``run`` does it and returns the exit status (None is 0)."""
+
+from __future__ import annotations
+
+NAMES = ("compile", "plan", "show", "why", "eval", "verify", "analyze", "recipes", "generate")
+"""The commands in the order in which ``qc --help`` lists them; each is the module of that name here."""

@@ -1,0 +1,60 @@
+"""``qc analyze``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    command = commands.add_parser(
+        "analyze", help="say which linears, layers or attentions are most sensitive"
+    )
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    command.add_argument(
+        "--metric", help="kurtosis, std, quantile or mse (default kurtosis; of attentions mse)"
+    )
+    command.add_argument("--by", default="linear", help="linear, layer or attention (default linear)")
+    command.add_argument("--scheme", default="w8a8", help="formats that mse rounds to (default w8a8)")
+    command.add_argument("--top", type=int, default=15, help="how many to leave out (default 15)")
+    command.add_argument(
+        "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
+    )
+    command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    command.add_argument("--dtype", default="auto", help="dtype of the run: auto, bfloat16, float32")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    command.add_argument(
+        "--json", action="store_true", help="for machines: all scores and the list to exclude"
+    )
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """``qc analyze``."""
+    import dataclasses
+
+    from ..analyze import analyze, report_text
+    from ..compile import Options
+    from ..progress import shown
+
+    options = Options(
+        calib=tuple(f for fs in args.calib for f in fs), samples=args.samples, length=args.length,
+        dtype=args.dtype, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    with shown() as report:
+        found = analyze(
+            args.model,
+            options,
+            metric=args.metric,
+            by=args.by,
+            scheme=args.scheme,
+            top=args.top,
+            report=report,
+        )
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        print(report_text(found))

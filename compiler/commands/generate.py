@@ -1,0 +1,22 @@
+"""``qc generate``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    command = commands.add_parser("generate", help="let an exported checkpoint answer")
+    command.add_argument("out", metavar="OUT")
+    command.add_argument("prompt")
+    command.add_argument("--max-new-tokens", type=int, default=64)
+    command.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """``qc generate``."""
+    from ..generate import generate
+
+    print(generate(args.out, args.prompt, max_new_tokens=args.max_new_tokens))
