@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
-from . import registry
 from .attention_noise import AttentionNoise
 from .attention_sites import attention_sites
 from .capture import capture
 from .compile import Model, Options, calibration_of, compute_dtype
 from .errors import Refused
 from .fake_quant import fake_act, quantized_linears
+from .nearest import Nearest
 from .observe import Observers
-from .operand import Quantize, Statistic
-from .plan import make_plan
+from .operand import Statistic
 from .program import Part, Program
 from .roles import mixtures, peers, read_together, routers
 from .scheme import FLOAT, LinearScheme, Scheme
 from .scheme_names import scheme_named
 from .solve import MICROBATCH, Progress
 from .survey import FloatBlock, float_blocks
-from .view import BlockView, LinearHook
+from .view import LinearHook
 
 METRICS = ("kurtosis", "std", "quantile", "mse")
 KINDS = ("linear", "layer", "attention")
@@ -129,7 +128,7 @@ def sensitivity(
     """
     found: dict[str, float] = {}
     left = routers(program)
-    nearest = _Nearest(program, scheme) if metric == "mse" and by != "attention" else None
+    nearest = Nearest(program, scheme) if metric == "mse" and by != "attention" else None
     attentions = {site.node: site.module for site in attention_sites(program)} if by == "attention" else {}
     noise = AttentionNoise({node: dict.fromkeys(range(3), "head") for node in attentions})
     observers: dict[str, Observers] = {}
@@ -149,7 +148,9 @@ def sensitivity(
             continue
         statistics = observers.pop(block.part.name).results()
         rows = {need.module: seen for need, seen in statistics.items() if need.kind == "rows"}
-        quantized, schemes = nearest.of(block, rows, statistics, program) if nearest else ({}, {})
+        quantized, schemes = (
+            nearest.of(block.part.name, block.tensors, rows, statistics) if nearest else ({}, {})
+        )
         if nearest is not None and by == "layer":
             hook = quantized_linears(quantized, schemes, compute)
             found[block.part.name] = _layer_error(block, hook)
@@ -197,40 +198,6 @@ def quantile(rows: Tensor) -> float:
 
 
 UNARY: Mapping[str, Callable[[Tensor], float]] = {"kurtosis": kurtosis, "std": std, "quantile": quantile}
-
-
-class _Nearest:
-    """The linears of a block as ``linear_quant`` rounds them in a scheme."""
-
-    def __init__(self, program: Program, scheme: Scheme) -> None:
-        rounding: Any = registry.get("passes", "linear_quant")
-        (step,) = make_plan(program, [rounding()], scheme=scheme, target="modelslim").require().steps
-        self.what = step.what
-        self.rewrites = {rewrite.where: rewrite for rewrite in step.answer.rewrites}
-
-    def needs(self, name: str) -> tuple[Statistic, ...]:
-        """What has to be seen of the input of a linear."""
-        found = self.rewrites.get(name)
-        return tuple(need for slot in found.slots for need in slot.needs) if found is not None else ()
-
-    def of(
-        self,
-        block: FloatBlock,
-        names: Iterable[str],
-        statistics: Mapping[Statistic, Tensor],
-        program: Program,
-    ) -> tuple[dict[str, QuantizedLinear], dict[str, LinearScheme]]:
-        """Integers and schemes of the linears of a block that the scheme quantizes."""
-        turned = frozenset(name for name, leaf in program.leaves.items() if leaf.transposed)
-        view = BlockView(block.part.name, block.tensors, statistics, torch.float32, 0, transposed=turned)
-        quantized, schemes = {}, {}
-        for name in names:
-            if (rewrite := self.rewrites.get(name)) is not None:
-                (edit,) = rewrite.edits
-                assert isinstance(edit.operand, Quantize)
-                quantized[name] = self.what.solve(rewrite, view)[edit.operand.slot]
-                schemes[name] = edit.operand.scheme
-        return quantized, schemes
 
 
 def _linear_error(rows: Tensor, weight: Tensor, q: QuantizedLinear | None, scheme: LinearScheme) -> float:
