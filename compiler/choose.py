@@ -22,7 +22,7 @@ from .contract import Fact
 from .edit import Verb
 from .errors import Refused
 from .menu import DEFAULT, Menu, formats_of, menu_of
-from .noise_sweep import NoiseSweep
+from .noise_sweep import TOKENS, NoiseSweep
 from .operand import Stub
 from .plan import Plan, all_have_formats, make_plan
 from .recipe_yaml import globs
@@ -30,8 +30,6 @@ from .scheme import FLOAT, Rule, Scheme
 from .solve import Progress, Solver
 from .trial_sweep import TrialSweep
 
-TOKENS = 1024
-"""Calibration tokens, in whole sequences, on which formats are compared."""
 BESIDE_INTEGERS = (Verb.WRAP, Verb.BRANCH, Verb.SWAP)
 """Edits that follow the formats, so that they are not there yet while formats are compared."""
 POINTS = 5

@@ -11,18 +11,23 @@ from torch import Tensor
 from ..runtime.quantized import QuantizedLinear
 from . import registry
 from .operand import Quantize, Statistic
-from .plan import make_plan
+from .plan import Plan, make_plan
 from .program import Program
 from .scheme import LinearScheme, Scheme
 from .view import BlockView
+
+
+def rounding_plan(program: Program, scheme: Scheme) -> Plan:
+    """``linear_quant`` alone, in a layout that holds every format."""
+    rounding: Any = registry.get("passes", "linear_quant")
+    return make_plan(program, [rounding()], scheme=scheme, target="modelslim").require()
 
 
 class Nearest:
     """Rounding to nearest in a scheme. ``program`` has no integer linears yet."""
 
     def __init__(self, program: Program, scheme: Scheme) -> None:
-        rounding: Any = registry.get("passes", "linear_quant")
-        (step,) = make_plan(program, [rounding()], scheme=scheme, target="modelslim").require().steps
+        (step,) = rounding_plan(program, scheme).steps
         self.what, self.program = step.what, program
         self.rewrites = {rewrite.where: rewrite for rewrite in step.answer.rewrites}
 

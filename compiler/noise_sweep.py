@@ -36,6 +36,8 @@ from .scheme import LinearScheme
 from .solve import Progress
 from .streams import Stream, Values, needed_after, prologue
 
+TOKENS = 1024
+"""Calibration tokens, in whole sequences, on which formats are compared."""
 CARRIED = 0.01
 """Largest squared relative error that is carried to the logits."""
 CARRIERS = 12
