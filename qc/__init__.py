@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import testing as testing
     from .api import analyze as analyze
     from .api import capture as capture
     from .api import compile as compile
@@ -57,11 +58,13 @@ _HOMES = {
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME_OF, "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import qc`` itself loads nothing heavy."""
+    if name == "testing":
+        return import_module(".testing", __name__)
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'qc' has no attribute {name!r}")
