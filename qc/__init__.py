@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .compiler.errors import NotEquivalent as NotEquivalent
     from .compiler.errors import Refused as Refused
     from .compiler.operand import Hadamard as Hadamard
+    from .compiler.operand import LowRank as LowRank
+    from .compiler.operand import Permutation as Permutation
     from .compiler.operand import Quantize as Quantize
     from .compiler.operand import Slot as Slot
     from .compiler.operand import Statistic as Statistic
@@ -52,7 +54,7 @@ _HOMES = {
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),
-    ".compiler.operand": ("Hadamard", "Quantize", "Slot", "Statistic", "Vector"),
+    ".compiler.operand": ("Hadamard", "LowRank", "Permutation", "Quantize", "Slot", "Statistic", "Vector"),
     ".compiler.pattern": ("Site", "pattern"),
     ".compiler.program": ("Program",),
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),

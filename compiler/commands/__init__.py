@@ -2,5 +2,17 @@
 
 from __future__ import annotations
 
-NAMES = ("compile", "plan", "show", "why", "eval", "verify", "analyze", "passes", "recipes", "generate")
+NAMES = (
+    "compile",
+    "plan",
+    "show",
+    "why",
+    "eval",
+    "verify",
+    "analyze",
+    "passes",
+    "recipes",
+    "new_pass",
+    "generate",
+)
 """The commands in the order in which ``qc --help`` lists them; each is the module of that name here."""
