@@ -15,4 +15,4 @@ NAMES = (
     "new_pass",
     "generate",
 )
-"""The commands in the order in which ``qc --help`` lists them; each is the module of that name here."""
+"""The commands in the order in which ``qc --help`` lists them; each is the module of that name here, with ``-`` for ``_``."""

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..errors import Refused
-from .options import options_of, passes_of, plan_options
+from .options import options_of, passes_of, plan_options, print_after
 
 
 def add(commands: Any) -> None:
@@ -44,11 +44,14 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))
         raise
+    if args.print_after and (args.yaml or args.json):
+        raise Refused("--print-after prints text: leave out --yaml and --json")
     if args.yaml:
         print(recipe_yaml(planned.require()), end="")
         return 0
     if args.json:
         print(json.dumps(plan_json(planned), indent=2))
     else:
+        print_after(args, planned)
         print(plan_text(planned), end="")
     return 2 if planned.problems else 0

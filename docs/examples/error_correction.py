@@ -1,7 +1,5 @@
 """A low-rank branch that corrects the error of rounding a weight, instead of holding its largest directions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """SmoothQuant with an alpha that is learned at every norm, instead of one for all."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +13,7 @@ from qc.passes.smoothing import Subgraph
 def on_grid(x: Tensor, bits: int) -> Tensor:
     """Rows of x on their own grids; gradients pass the rounding, and reach the scale (LSQ, arXiv 1902.08153)."""
     scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-8) / (2 ** (bits - 1) - 1)
-    ratio = x / scale
-    return scale * (ratio + (ratio.round() - ratio).detach())
+    return scale * (x / scale + ((x / scale).round() - x / scale).detach())
 
 
 @dataclass(frozen=True, kw_only=True)
