@@ -33,6 +33,7 @@ def test_an_example_is_short(file: str) -> None:
     assert len(lines) < LONGEST
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize(
     ("file", "cls", "options", "suite"),
     [

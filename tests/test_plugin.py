@@ -75,6 +75,7 @@ def test_the_law_of_its_op_lets_through_what_it_says(plugin: Any) -> None:
     assert relative(after, before * scale) < 1e-12
 
 
+@pytest.mark.broad
 def test_it_compiles_a_model_with_its_own_op(plugin: Any, tmp_path: Path) -> None:
     program = qc.capture(model(plugin))
     assert [m.first.module for m in registry.get("patterns", "across").find(program)][:1] == [
@@ -107,6 +108,7 @@ def test_without_its_law_nothing_matches(plugin: Any, monkeypatch: pytest.Monkey
     assert "no law lets a positive scale per channel through leaky.rectify" in miss.reason
 
 
+@pytest.mark.broad
 def test_its_pass_stands_the_ready_made_suite(plugin: Any) -> None:
     smooth = registry.get("passes", "across_smooth")
     report = check(smooth(), families=("llama", "gpt2"), refuses=[{"strength": 2.0}, {"strength": -1.0}])
@@ -203,6 +205,7 @@ def test_a_law_of_an_op_that_has_one_is_refused(registered: Any) -> None:
     assert aten.mul.Tensor in LAWS
 
 
+@pytest.mark.broad
 def test_wrong_passes_do_not_stand_the_suite() -> None:
     from qc.passes.smooth_quant import SmoothQuant
 
@@ -254,6 +257,7 @@ def test_wrong_passes_do_not_stand_the_suite() -> None:
         assert why in str(caught.value)
 
 
+@pytest.mark.broad
 def test_a_skeleton_is_a_package_that_passes_its_own_tests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

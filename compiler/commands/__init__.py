@@ -14,5 +14,6 @@ NAMES = (
     "recipes",
     "new_pass",
     "generate",
+    "reproduce",
 )
-"""The commands in the order in which ``qc --help`` lists them; each is the module of that name here, with ``-`` for ``_``."""
+"""The commands in the order in which ``qc --help`` lists them; each is a module here, ``_`` for ``-``."""
