@@ -21,7 +21,7 @@ from .part_work import restricted
 from .plan import Plan, make_plan
 from .proof import Evidence, neutral
 
-SUFFIX = ".failed-proof.safetensors"
+PREFIX = "failed-proof-"
 
 
 def write(out: Path, plan: Plan, found: Evidence) -> Path:
@@ -35,7 +35,7 @@ def write(out: Path, plan: Plan, found: Evidence) -> Path:
         "part": found.part.index, "step": found.step.index, "where": found.rewrite.where, "math": found.math,
         "numbers": {name: value for name, value in found.rows.items() if isinstance(value, int)},
     }  # fmt: skip
-    file = out.with_name(out.name + SUFFIX)
+    file = out.with_name(f"{PREFIX}{out.name}.safetensors")
     save_file(
         {name: t.detach().clone().contiguous() for name, t in named.items()}, file, {"qc": json.dumps(said)}
     )

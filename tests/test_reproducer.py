@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import qc
-from qc.compiler.reproducer import SUFFIX, reproduce
+from qc.compiler.reproducer import PREFIX, reproduce
 from qc.compiler.testing import calibration, characters, checkpoint, tiny
 from qc.passes.smooth_quant import SmoothQuant
 from tests.pages import qc as command
@@ -33,7 +33,7 @@ def test_a_failed_proof_is_run_again_alone(tmp_path: Path) -> None:
             tiny("llama"), ["fuse_norms", Forgetful(), "linear_quant"], out=out, scheme="w8a8",
             tokenizer=characters(), calib=[calibration()], samples=2, length=32,
         )  # fmt: skip
-    file = tmp_path / f"out{SUFFIX}"
+    file = tmp_path / f"{PREFIX}out.safetensors"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     assert str(file) in str(caught.value)
     found = reproduce(file, passes=["fuse_norms", Forgetful(), "linear_quant"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import options_of, passes_of, plan_options, print_after
+from .options import check_curve, options_of, passes_of, plan_options, print_after, show_choice
 
 
 def add(commands: Any) -> None:
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from ..compile import compile, plan
     from ..progress import shown
 
+    check_curve(args)
     options = options_of(args)
     model = args.model
     if args.print_after:
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         model = planned.program
     with shown() as report:
         result = compile(model, passes_of(args), args.out, options, report)
+    show_choice(args, result.plan)
     journal = result.journal
     data = result.calibration
     if data is not None:
