@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import qc
-from qc.compiler.testing import calibration, characters, check, tiny
+from qc.compiler.testing import check
+from qc.compiler.testing_models import calibration, characters, tiny
 
 FOLDER = Path(__file__).parents[1] / "docs" / "examples"
 LONGEST = 60

@@ -21,7 +21,8 @@ import qc
 from qc.compiler import registry
 from qc.compiler.about import about, passes_text
 from qc.compiler.laws import LAWS, Map, Passes, law
-from qc.compiler.testing import SIZES, calibration, characters, check
+from qc.compiler.testing import check
+from qc.compiler.testing_models import SIZES, calibration, characters
 from tests.pages import importable
 from tests.pages import qc as command
 from tests.programs import BATCH, LENGTH, Drawing, aten, relative, run_float64

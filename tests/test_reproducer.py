@@ -10,7 +10,7 @@ import pytest
 
 import qc
 from qc.compiler.reproducer import PREFIX, reproduce
-from qc.compiler.testing import calibration, characters, checkpoint, tiny
+from qc.compiler.testing_models import calibration, characters, checkpoint, tiny
 from qc.passes.smooth_quant import SmoothQuant
 from tests.pages import qc as command
 
