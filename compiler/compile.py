@@ -21,7 +21,7 @@ from .certify import vocabulary
 from .choose import check_asked, chosen
 from .contract import Pass
 from .cost import cost_of
-from .errors import Failed, Refused
+from .errors import Failed, NotEquivalent, Refused
 from .export import (
     RUN,
     Output,
@@ -41,6 +41,7 @@ from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
 from .recipe import Recipe
+from .reproducer import kept
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
@@ -254,6 +255,8 @@ def compile(
     output.check(layout.nbytes)
     try:
         journal = _work(planned, data, proved_first, output, options, report, (started, estimate))
+    except NotEquivalent as error:
+        raise kept(error, planned, output.out) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error

@@ -47,6 +47,10 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    command.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS",
+        help="print the program as it is after this step (a name, a number, or all)",
+    )  # fmt: skip
 
 
 def options_of(args: argparse.Namespace) -> Any:
@@ -61,6 +65,16 @@ def options_of(args: argparse.Namespace) -> Any:
         calibrate_all_experts=args.calibrate_all_experts,
         avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
+
+
+def print_after(args: argparse.Namespace, plan: Any) -> None:
+    """Print the text of the program after every step that ``--print-after`` asks for, in the order of the plan."""
+    from ..show.text import text
+    from ..steps import after, steps_named
+
+    for index in steps_named(plan, args.print_after):
+        print(f"after {index + 1}. {plan.steps[index].what}")
+        print(text(after(plan, index)))
 
 
 def check_curve(args: argparse.Namespace) -> None:
