@@ -1,4 +1,4 @@
-"""Where passes, patterns, presets, recipes, schemes and targets are found: entry points, ours like anybody's."""
+"""Where passes, patterns, schemes, readers of data sets and the like are found: entry points, ours like anybody's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import Refused
 
-GROUPS = ("passes", "presets", "recipes", "patterns", "schemes", "targets")
+GROUPS = ("passes", "presets", "recipes", "patterns", "schemes", "targets", "calibration_readers")
 
 
 @lru_cache
