@@ -69,7 +69,7 @@ def test_mmlu_has_no_header_and_quotes_as_csv_does() -> None:
     assert questions[3].prompt.startswith('"Not (A and B)" is the same as\nA. A and B\n')
     shot = Mmlu(shots=1).read(SETS / "mmlu")[0].prompt
     assert shot.startswith(
-        "The following are multiple choice questions (with answers) about astronomy.\n\nWhich planet"
+        "The following are multiple choice questions (with answers) about astronomy.\n\nWhich"
     )
 
 
@@ -123,9 +123,9 @@ def test_only_questions_that_the_model_answers_right(tmp_path: Path) -> None:
     assert {s["ans"] for s in found.samples} == {"yes"}
     assert found.sets[0].asked == model.asked > 4
     assert str(found.sets[0]) == f"boolq: 4 of 8 (4 yes), the model was asked {model.asked}"
-    with pytest.raises(Refused, match="the model answers 4 of the 8 questions right .*choose at most 4"):
+    with pytest.raises(Refused, match=r"the model answers 4 of the 8 questions right .*choose at most 4"):
         mix(SETS / "mix.json", sizes(boolq=5), tmp_path / "b.jsonl", positive=Says("yes"))
-    with pytest.raises(Refused, match="answers 0 of the 4 questions right .*leave the set out"):
+    with pytest.raises(Refused, match=r"answers 0 of the 4 questions right .*leave the set out"):
         mix(SETS / "mix.json", sizes(gsm8k=1), tmp_path / "b.jsonl", positive=Says("I do not know"))
     assert not (tmp_path / "b.jsonl").exists()
 
@@ -163,8 +163,8 @@ def test_a_reader_of_ones_own(tmp_path: Path) -> None:
         ('{"sets": []}', "this is an object with sets"),
         ('{"configurations": [3]}', r"configurations\[1\]: expected an object .*this is 3"),
         ('{"configurations": [{"dataset_name": "boolq"}]}', "no dataset_path; it has dataset_name"),
-        ('{"configurations": [{"dataset_name": "bolq", "dataset_path": "."}]}', "unknown reader 'bolq'; did you mean boolq"),
-        ('{"configurations": [{"dataset_name": "mmlu", "dataset_path": ".", "shot": 1}]}', "unknown key 'shot'.*mmlu has shots"),
+        ('{"configurations": [{"dataset_name": "bolq", "dataset_path": "."}]}', "'bolq'; did you mean boolq"),
+        ('{"configurations": [{"dataset_name": "mmlu", "dataset_path": ".", "shot": 1}]}', "'shot'.*mmlu has shots"),
         ('{"configurations": [{"dataset_name": "mmlu", "dataset_path": ".", "shots": "1"}]}', 'shots is "1"'),
         (
             '{"configurations": [{"dataset_name": "a", "reader": "mmlu", "dataset_path": "."},'
@@ -183,7 +183,7 @@ def test_a_wrong_config_is_refused(content: str, why: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("reader", "file", "content", "why"),
     [
-        (Boolq(), "a.jsonl", '{"inputs_pretokenized": "x", "id": 1}', "line 1: BoolQ .*this one has inputs_pretokenized, id"),
+        (Boolq(), "a.jsonl", '{"inputs_pretokenized": "x", "id": 1}', "line 1: .*has inputs_pretokenized, id"),
         (Boolq(), "a.jsonl", '{"question": "x", "passage": "y", "answer": "yes"}', "this answer is 'yes'"),
         (Boolq(), "a.jsonl", "question,passage", "line 1: not readable as JSON"),
         (Boolq(), "a.jsonl", "[1]", r"this is \[1\]"),
@@ -266,5 +266,10 @@ def test_the_command(
     assert f"wrote {out}: 4 samples" in capsys.readouterr().out
     assert main([*asked, "--size", "boolq=2"]) == 2
     assert "pass --force" in capsys.readouterr().err
-    assert main([*asked, "--size", "boolq=2", "--positive", str(checkpoint("llama")), "--force"]) == 0
+    short = [{"question": "is it", "passage": "a fox", "answer": right} for right in (True, False) * 4]
+    (tmp_path / "boolq.jsonl").write_text("\n".join(map(json.dumps, short)), encoding="utf-8")
+    config = {"configurations": [{"dataset_name": "boolq", "dataset_path": "boolq.jsonl"}]}
+    (tmp_path / "mix.json").write_text(json.dumps(config), encoding="utf-8")
+    asked = ["calib", "mix", "--config", str(tmp_path / "mix.json"), "--out", out, "--force"]
+    assert main([*asked, "--size", "boolq=2", "--positive", str(checkpoint("llama"))]) == 0
     assert "the model was asked" in capsys.readouterr().out

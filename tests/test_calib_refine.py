@@ -34,7 +34,6 @@ WORDS = [
     "fox",
     "jumps",
     "over",
-    "lazy",
     "dog",
     "while",
     "cat",
@@ -142,7 +141,7 @@ def spoiled(home: Callable[[str], Home], tmp_path: Path) -> Home:
     (file,) = place.path.glob("*.safetensors")
     tensors = load_file(file)
     (letter,) = character_tokenizer()("z")["input_ids"]
-    tensors["model.embed_tokens.weight"][letter, :4] = 80.0
+    tensors["model.embed_tokens.weight"][letter, 1] = 80.0
     (tmp_path / "model").mkdir()
     for other in place.path.iterdir():
         (tmp_path / "model" / other.name).write_bytes(other.read_bytes())
@@ -151,13 +150,8 @@ def spoiled(home: Callable[[str], Home], tmp_path: Path) -> Home:
     return Home(tmp_path / "model", capture(tmp_path / "model", certify=False), text)
 
 
-GIVEN: dict[str, Any] = {
-    "scheme": "w8a8-static",
-    "target": "modelslim",
-    "dtype": "float32",
-    "length": 24,
-    "samples": 18,
-}
+GIVEN: dict[str, Any] = {"scheme": "w8a8-static", "target": "modelslim", "dtype": "float32"}
+GIVEN |= {"length": 24, "samples": 18}
 
 
 def test_the_sample_that_spoils_the_ranges_is_dropped(spoiled: Home, tmp_path: Path) -> None:
@@ -191,7 +185,7 @@ def test_the_sample_that_spoils_the_ranges_is_dropped(spoiled: Home, tmp_path: P
 
 def test_a_text_of_ones_own_judges(spoiled: Home, tmp_path: Path) -> None:
     judge = tmp_path / "judge.txt"
-    judge.write_text("zzz quick zzz fox zzz lazy zzz " * 8, encoding="utf-8")
+    judge.write_text("zzz quick zzz fox zzz dog zzz " * 8, encoding="utf-8")
     options = Options(calib=(spoiled.text,), **GIVEN)
     found = refine(spoiled.program, "linear_quant", tmp_path / "out.jsonl", options, judge=[judge])
     mine = next(v for v in found.verdicts if "zzz" in v.sample.text)
