@@ -217,12 +217,8 @@ def test_every_command_and_option_has_its_place() -> None:
         section = section.partition("\n## ")[0]
         if "the options of [qc plan]" in section:
             section += page.partition("\n## qc plan\n")[2].partition("\n## ")[0]
-        below = [
-            one
-            for action in parser._actions
-            if isinstance(action.choices, dict)
-            for one in action.choices.values()
-        ]
+        nested = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        below = [one for choices in nested for one in choices.values()]
         options = [o for one in (parser, *below) for action in one._actions for o in action.option_strings]
         assert [o for o in options if o.startswith("--") and o != "--help" and f"`{o}" not in section] == []
 
