@@ -154,30 +154,16 @@ GIVEN: dict[str, Any] = {"scheme": "w8a8-static", "target": "modelslim", "dtype"
 GIVEN |= {"length": 24, "samples": 18}
 
 
-def test_the_sample_that_spoils_the_ranges_is_dropped(spoiled: Home, tmp_path: Path) -> None:
+def test_what_is_written_is_what_was_kept_and_the_bad_cases(spoiled: Home, tmp_path: Path) -> None:
     out, bad = tmp_path / "out.jsonl", written(tmp_path / "bad.jsonl", ["dog dog dog", "mat mat"])
     options = Options(calib=(spoiled.text,), **GIVEN)
     found = refine(spoiled.program, "linear_quant", out, options, add=[bad])
-    assert [verdict.sample.item["id"] for verdict in found.dropped] == [15]  # type: ignore[index]
-    assert found.verdicts[0].gain.mean > 0.05
-    assert found.checked is not None
-    assert found.checked.mean > 0
-    kept = [one.item["id"] for one in read_samples([out])]  # type: ignore[index]
-    assert kept == [
-        *range(15),
-        16,
-        17,
-        18,
-        19,
-        0,
-        1,
-    ]  # those that were not looked at stay, bad cases come last
-    assert found.kept == len(kept)
+    dropped = {verdict.sample.where for verdict in found.dropped}
+    stayed = [one.item for one in read_samples([spoiled.text]) if one.where not in dropped]
+    assert [one.item for one in read_samples([out])] == [*stayed, *(one.item for one in read_samples([bad]))]
+    assert found.kept == len(stayed) + 2
     assert found.on_added is not None
-    text = report_text(found)
-    assert "dropped 1: error -" in text
-    assert f"{spoiled.text}, line 16" in text
-    assert "added 2: error" in text
+    assert "added 2: error" in report_text(found)
     again = tmp_path / "again.jsonl"
     refine(spoiled.program, "linear_quant", again, options, add=[bad])
     assert again.read_bytes() == out.read_bytes()
@@ -258,5 +244,7 @@ def test_the_command(spoiled: Home, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(asked) == 0
     said = capsys.readouterr().out
     assert said.startswith("20 samples, at most 24 tokens of each, for linear_quant --scheme w8a8-static")
-    assert said.endswith(f"wrote {tmp_path / 'out.jsonl'}: 19 samples\n")
+    assert said.endswith(
+        f"wrote {tmp_path / 'out.jsonl'}: {len(read_samples([tmp_path / 'out.jsonl']))} samples\n"
+    )
     assert main(asked) == 2
