@@ -135,7 +135,8 @@ Tensors = dict[str, Tensor]
 Values = Mapping[Slot, Tensor]
 
 
-def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+def vector_of(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+    """The scale or shift [channels of the site] of an edit that has one, from the state before."""
     operand = edit.operand
     if isinstance(operand, Vector):
         return operand.value(values, dtype)
@@ -161,7 +162,7 @@ def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 def _scale_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     if leaf.norm is not None:
         tensors["weight"] = (tensors["weight"] + leaf.norm.offset) * scale - leaf.norm.offset
     else:
@@ -172,19 +173,19 @@ def _scale_out(
 
 
 def _scale_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: w * scale[:, None]).T
 
 
 def _shift_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     tensors["bias"] = tensors.get("bias", torch.zeros_like(shift)) - shift
 
 
 def _shift_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     weight = tensors["weight"]
     tensors["bias"] = tensors.get("bias", weight.new_zeros(weight.shape[0])) + weight @ shift
 

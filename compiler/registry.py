@@ -1,4 +1,4 @@
-"""Where passes, patterns, presets, recipes, laws, schemes and targets are found: entry points, ours like anybody's."""
+"""Where passes, patterns, laws, schemes, readers of data sets and the like are found: entry points, ours like anybody's."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from .errors import Refused
 
-GROUPS = ("passes", "presets", "recipes", "patterns", "laws", "schemes", "targets")
+GROUPS = ("passes", "presets", "recipes", "patterns", "laws", "schemes", "targets", "calibration_readers")
 OPTIONAL = ("laws",)
 """Groups in which qc itself registers nothing."""
-SINGULAR = {"passes": "pass"}
+SINGULAR = {"passes": "pass", "calibration_readers": "reader"}
 KINDS = {
     "recipes": (".named", "Named"),
     "patterns": (".pattern", "Pattern"),

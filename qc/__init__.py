@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import testing as testing
     from .api import analyze as analyze
+    from .api import calib_mix as calib_mix
+    from .api import calib_refine as calib_refine
     from .api import capture as capture
     from .api import compile as compile
     from .api import evaluate as evaluate
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from .api import plan as plan
     from .api import show as show
     from .api import verify as verify
+    from .compiler.calib_readers.question import Question as Question
+    from .compiler.calib_readers.question import Reader as Reader
     from .compiler.contract import EXACT as EXACT
     from .compiler.contract import LOSSY as LOSSY
     from .compiler.contract import Answer as Answer
@@ -50,7 +54,11 @@ if TYPE_CHECKING:
     from .compiler.scheme import Scheme as Scheme
 
 _HOMES = {
-    ".api": ("analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
+    ".api": (
+        "analyze", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load", "plan",
+        "show", "verify",
+    ),
+    ".compiler.calib_readers.question": ("Question", "Reader"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),
@@ -58,7 +66,7 @@ _HOMES = {
     ".compiler.pattern": ("Site", "pattern"),
     ".compiler.program": ("Program",),
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),
-}
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted([*_HOME_OF, "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -61,6 +61,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     character_tokenizer().save_pretrained(folder / "my-model")
     (folder / "calibration.txt").write_text(SENTENCE * 8, encoding="utf-8")
     (folder / "text.txt").write_text(SENTENCE * 16, encoding="utf-8")
+    (folder / "data_sets").symlink_to(ROOT / "tests" / "data_sets")
+    words = SENTENCE.split()
+    samples = (f'{{"text": "{" ".join(words[i : i + 6])}"}}\n' for i in range(12))
+    (folder / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
     (folder / "Qwen").mkdir()
     (folder / "Qwen" / "Qwen3-8B").symlink_to(folder / "my-model")
     return folder
@@ -220,7 +224,9 @@ def test_every_command_and_option_has_its_place() -> None:
         section = section.partition("\n## ")[0]
         if "the options of [qc plan]" in section:
             section += page.partition("\n## qc plan\n")[2].partition("\n## ")[0]
-        options = [option for action in parser._actions for option in action.option_strings]
+        nested = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        below = [one for choices in nested for one in choices.values()]
+        options = [o for one in (parser, *below) for action in one._actions for o in action.option_strings]
         assert [o for o in options if o.startswith("--") and o != "--help" and f"`{o}" not in section] == []
 
 

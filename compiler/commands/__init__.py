@@ -10,6 +10,7 @@ NAMES = (
     "eval",
     "verify",
     "analyze",
+    "calib",
     "passes",
     "recipes",
     "new_pass",

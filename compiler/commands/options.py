@@ -9,8 +9,10 @@ from typing import Any
 from ..errors import Refused
 
 
-def plan_options(command: argparse.ArgumentParser) -> None:
-    """The options that ``compile`` and ``plan`` share."""
+def plan_options(
+    command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
+) -> None:
+    """The options that ``compile``, ``plan`` and ``calib refine`` share; ``--samples`` counts what a command says."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
@@ -38,7 +40,7 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
     )
-    command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    command.add_argument("--samples", type=int, default=samples, help=f"{counted} (default {samples})")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
     command.add_argument(
         "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
