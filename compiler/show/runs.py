@@ -22,6 +22,11 @@ class Run:
         """The part whose rows stand for all."""
         return self.parts[0]
 
+    def split(self, part: Part | None) -> tuple[Run, ...]:
+        """Two runs of which the second begins with ``part``; itself where that is not to be done."""
+        at = self.parts.index(part) if part in self.parts else 0
+        return (Run(self.parts[:at]), Run(self.parts[at:])) if at else (self,)
+
     @property
     def title(self) -> str:
         """``model.layers.0..31 alike``, or the name of the part."""
