@@ -21,7 +21,7 @@ CAPTION = 20.0
 
 
 def svg(diagram: Diagram, *, style: bool = True) -> str:
-    """The diagram as an ``<svg>`` element, pure ASCII layout of numbers: same diagram, same bytes.
+    """The diagram as an ``<svg>`` element, without ids or scripts: same diagram, same bytes.
 
     Args:
         diagram: What to draw.
@@ -36,8 +36,8 @@ def svg(diagram: Diagram, *, style: bool = True) -> str:
     width = max(aside, mono(diagram.title, 15), *(right for _, right, _ in legend), 200) + 2 * MARGIN
     height = HEAD + placed.height + 2 * MARGIN + (legend[-1][2] - placed.height if legend else 0)
     body = [
-        *_arrows(diagram, placed),
         *(element for box in diagram.boxes for element in _box(diagram, box, placed)),
+        *_arrows(diagram, placed),
         *(element for element, _ in gutter),
         *(element for element, _, _ in legend),
     ]
