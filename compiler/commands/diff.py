@@ -39,7 +39,11 @@ def run(args: argparse.Namespace) -> None:
         if args.layer is not None:
             found = [change for change in found if blocks[args.layer] in change.run.parts]
         for change in found:
-            out += [f"--- {change.title}, before", f"+++ {change.title}, after {step.what.name}", *change.lines]
+            out += [
+                f"--- {change.title}, before",
+                f"+++ {change.title}, after {step.what.name}",
+                *change.lines,
+            ]
         out += [*([] if found else ["no row changes"]), ""]
     show("\n".join(out), DIFF)
     plan.require()

@@ -31,7 +31,9 @@ def plan_options(command: argparse.ArgumentParser) -> None:
 
 def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
     """The options of commands that look at the graph and at what passes make of it."""
-    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough")
+    command.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough"
+    )
     what = command.add_mutually_exclusive_group(required=required)
     what.add_argument("--passes", help="as these passes rewrite it (quote the list)")
     what.add_argument("--config", metavar="FILE", help="as the passes of this recipe rewrite it")

@@ -16,11 +16,15 @@ def add(commands: Any) -> None:
     what = "print a model as text, or draw it, as it is or as passes rewrite it"
     command = commands.add_parser("show", help=what, description=what)
     state_options(command, required=False)
-    command.add_argument("--after", metavar="PASS", help="as it is after this pass, or after step N of the plan")
+    command.add_argument(
+        "--after", metavar="PASS", help="as it is after this pass, or after step N of the plan"
+    )
     command.add_argument("--layer", type=int, help="one block only")
     command.add_argument("--only", metavar="PATTERN", help="only what matches this pattern")
     command.add_argument("--format", help="text, svg, html, mermaid, dot, png or model-explorer")
-    command.add_argument("--out", metavar="FILE", type=Path, help="write it there; the suffix says the format")
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, help="write it there; the suffix says the format"
+    )
     command.add_argument("--every-op", action="store_true", help="draw a box for every row")
     command.add_argument(
         "--journal", metavar="OUT", type=Path, help="a finished compile, whose certificates are shown"

@@ -30,8 +30,8 @@ class Change:
 def part_diff(before: Program, after: Program, part: Part, context: int = CONTEXT) -> tuple[str, ...]:
     """Lines of the unified diff of one part, ``@@`` heads included; nothing where it is the same.
 
-    Values have the names that they have in ``before``; those that are new are ``new0``, ``new1``, ... So a row that says
-    the same is the same line, however many were inserted above it.
+    Values have the names that they have in ``before``; those that are new are ``new0``, ``new1``, ... So a row that
+    says the same is the same line, however many were inserted above it.
     """
     old = list(rows(before, part, Sizes(before)))
     known = {row.node.name: row.name for row in old if row.name}

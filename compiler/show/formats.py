@@ -49,7 +49,9 @@ class View:
             return self.block(Run((self.part,)))
         state = self.state
         firsts = [run.first for run in runs(state.program)]
-        return model_diagram(state.program, matches=state.matches(self._names, firsts), rewrites=state.rewrites)
+        return model_diagram(
+            state.program, matches=state.matches(self._names, firsts), rewrites=state.rewrites
+        )
 
     def block(self, run: Run) -> Diagram:
         """The drawing of one run of blocks."""

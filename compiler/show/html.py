@@ -22,7 +22,8 @@ class Section:
 def page(title: str, sections: Sequence[Section]) -> str:
     """The page: a list of its sections, then each one with its drawing and, folded, its text."""
     links = "".join(
-        f'<li><a href="#part-{i}">{escape(section.diagram.title)}</a></li>' for i, section in enumerate(sections)
+        f'<li><a href="#part-{i}">{escape(section.diagram.title)}</a></li>'
+        for i, section in enumerate(sections)
     )
     body = "\n".join(_section(i, section) for i, section in enumerate(sections))
     return (

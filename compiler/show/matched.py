@@ -63,7 +63,9 @@ def matched(
     patterns: list[Pattern[Any]] = [registry.get("patterns", name) for name in names or MARKED]
     small = condensed(program, [piece for run in runs(program) for piece in run.split(parts)])
     return tuple(
-        Matched(pattern.name, tuple(_fields(match)), tuple(_flow(match))) for pattern in patterns for match in pattern.find(small)
+        Matched(pattern.name, tuple(_fields(match)), tuple(_flow(match)))
+        for pattern in patterns
+        for match in pattern.find(small)
     )
 
 

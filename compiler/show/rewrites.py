@@ -44,7 +44,10 @@ class Told:
         others = [self._of.get(part.index, []) for part in run.parts[1:]]
         found = []
         for i, rewrite in enumerate(self._of.get(run.first.index, [])):
-            alike = [rewrite, *(own[i] for own in others if i < len(own) and own[i].pass_name == rewrite.pass_name)]
+            alike = [
+                rewrite,
+                *(own[i] for own in others if i < len(own) and own[i].pass_name == rewrite.pass_name),
+            ]
             found.append(self._line(rewrite, run.first, alike))
         return found
 

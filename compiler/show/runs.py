@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ class Run:
         """The same blocks as runs of which one begins with each of these parts."""
         starts = {0, *(self.parts.index(part) for part in at if part in self.parts)}
         edges = [*sorted(starts), len(self.parts)]
-        return tuple(Run(self.parts[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+        return tuple(Run(self.parts[a:b]) for a, b in itertools.pairwise(edges))
 
     @property
     def title(self) -> str:
@@ -104,7 +105,9 @@ def bindings(program: Program, run: Run, sizes: Sizes) -> tuple[Binding, ...]:
                 number_of(part)
             )
     return tuple(
-        Binding(name, type_, tuple(o if len(origins) == 1 else f"{o} in {span(n)}" for o, n in origins.items()))
+        Binding(
+            name, type_, tuple(o if len(origins) == 1 else f"{o} in {span(n)}" for o, n in origins.items())
+        )
         for (name, type_), origins in found.items()
     )
 
