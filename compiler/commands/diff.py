@@ -22,7 +22,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """``qc diff``: the changes, and a refusal behind them where the plan has problems."""
     from ..show.diff import changes
-    from ..show.states import state_after, step_named
+    from ..show.states import state_after, steps_named
     from ..show.terminal import DIFF, show
 
     plan = state_plan(args)
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     blocks = plan.program.blocks
     if args.layer is not None and not 0 <= args.layer < len(blocks):
         raise Refused(f"--layer {args.layer}: the model has layers 0 to {len(blocks) - 1}")
-    chosen = range(len(plan.steps)) if args.step is None else [step_named(plan, args.step, "--step")]
+    chosen = range(len(plan.steps)) if args.step is None else steps_named(plan, args.step, "--step")
     out: list[str] = []
     for index in chosen:
         step = plan.steps[index]

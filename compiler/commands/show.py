@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from ..capture import capture
     from ..journal import entries_of
     from ..show.formats import FORMATS, View, format_of
-    from ..show.states import State, state_after, step_named
+    from ..show.states import State, state_after, steps_named
     from ..show.terminal import ROWS, show
 
     format = format_of(args.format, args.out)
@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
             raise Refused(f"--after {args.after}: no passes were given: add --passes or --config")
         state = State(capture(args.model, trust_remote_code=args.trust_remote_code))
     else:
-        last = len(plan.steps) - 1 if args.after is None else step_named(plan, args.after, "--after")
-        state = state_after(plan, last + 1)
+        steps = range(len(plan.steps)) if args.after is None else steps_named(plan, args.after, "--after")
+        state = state_after(plan, steps.stop)
     blocks = state.program.blocks
     if args.layer is not None and not 0 <= args.layer < len(blocks):
         raise Refused(f"--layer {args.layer}: the model has layers 0 to {len(blocks) - 1}")

@@ -64,10 +64,8 @@ def state_after(plan: Plan, steps: int) -> State:
     return State(program, plan, steps)
 
 
-def step_named(plan: Plan, name: str, option: str) -> int:
-    """The index of a step of a plan by the name of its pass, or by its number as ``qc plan`` prints it.
-
-    A preset stands for the last of its passes.
+def steps_named(plan: Plan, name: str, option: str) -> range:
+    """Indices of the steps of a plan that a name stands for: a pass, a preset, or a number as ``qc plan`` prints it.
 
     Raises:
         Refused: There is no such step, or there are several.
@@ -77,13 +75,13 @@ def step_named(plan: Plan, name: str, option: str) -> int:
     if name.isdigit():
         if not 1 <= int(name) <= len(names):
             raise Refused(f"{option} {name}: the plan has the steps {numbered}")
-        return int(name) - 1
+        return range(int(name) - 1, int(name))
     places = [i for i, known in enumerate(names) if known == name]
+    length = 1
     if not places and name in registry.names("presets"):
         inside = [found.name for found in one(name)]
-        places = [
-            i + len(inside) - 1 for i in range(len(names)) if inside and names[i : i + len(inside)] == inside
-        ]
+        length = len(inside)
+        places = [i for i in range(len(names)) if names[i : i + length] == inside]
     if not places:
         there = ", ".join(dict.fromkeys(names))
         hint = registry.unknown("step", name, dict.fromkeys(names))
@@ -91,4 +89,4 @@ def step_named(plan: Plan, name: str, option: str) -> int:
     if len(places) > 1:
         numbers = " and ".join(str(place + 1) for place in places)
         raise Refused(f"{option} {name}: it stands in the plan at {numbers}: give the number")
-    return places[0]
+    return range(places[0], places[0] + length)
