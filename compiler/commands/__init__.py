@@ -6,6 +6,7 @@ NAMES = (
     "compile",
     "plan",
     "show",
+    "diff",
     "why",
     "eval",
     "verify",
