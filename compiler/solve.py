@@ -190,7 +190,7 @@ class _PartSolver:
                     certificate = solver.prover.prove(
                         proved, work.step, rewrite, self._proof_tensors(), values
                     )
-                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate)
+                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate, view.measures)
                 else:
                     solver.journal.changed(self.part.name, rewrite, rewrite.edits, view.measures)
                 self._apply(rewrite, values)
@@ -328,7 +328,8 @@ class _PartSolver:
                 rows.edit(edits, values, before)
                 continue
             new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
-            self.tensors.update({f"{module}.{local}": tensor.float() for local, tensor in new.items()})
+            new = {local: t.float() if t.is_floating_point() else t for local, t in new.items()}
+            self.tensors.update({f"{module}.{local}": tensor for local, tensor in new.items()})
 
     def _calibrate(self, module: str, stub: Stub, found: Tensor) -> None:
         """Keep scale and offset of a stub, in the dtypes in which they are stored."""

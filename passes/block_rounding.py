@@ -15,12 +15,14 @@ from ..compiler.fake_quant import fake_act
 from ..compiler.operand import Quantize
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
+from ..runtime.outlier_weights import OutlierWeights, to_csr
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
 from .act_range import static_range
-from .column_rounding import gptq
+from .column_rounding import gptq, inverse_diagonal
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
+from .outlier_search import outlier_mask
 from .sign_sgd import Rounding, preconditioner, train
 from .weight_scale import weight_grid
 
@@ -194,12 +196,16 @@ class BlockRounding:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
-        weight = torch.cat([self.view.weight(name) for name in names])
-        scale, offset = weight_grid(weight, bits, held, "clip", hessian.diagonal())
+        weight, outliers = torch.cat([self.view.weight(name) for name in names]), None
         try:
+            if self.scheme(names[0]).outliers:
+                outliers = torch.cat([self.outliers(name, hessian, held) for name in names])
+            kept = weight if outliers is None else weight.masked_fill(outliers, 0.0)
+            scale, offset = weight_grid(kept, bits, held, "clip", hessian.diagonal())
             integers, compensated = gptq(
-                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order, offset
-            )
+                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order, offset,
+                outliers, self.view.export_dtype,
+            )  # fmt: skip
         except ValueError as error:
             raise Failed(
                 f"{names[0]} in {self.where}: {error}. Look at its inputs on the calibration text, exclude it, or"
@@ -214,10 +220,22 @@ class BlockRounding:
         for name, integer, target, step, zero in zip(names, *pieces, strict=True):
             zero = zero if zero.numel() else None
             self.done[name] = replace(self.done[name], weight=integer, scale=step, offset=zero)
+            if outliers is not None:
+                mask, outliers = outliers[: len(integer)], outliers[len(integer) :]
+                single = to_csr(mask, target.to(self.view.export_dtype))
+                self.done[name] = replace(self.done[name], beside={**self.done[name].beside, **single})
             if steps is not None:
                 self.roundings[name] = Rounding(
                     target, step, bits.bits, held, steps, bits.per == "tensor", zero
                 )
+
+    def outliers(self, name: str, hessian: Tensor, held: torch.dtype) -> Tensor:
+        """Mask [out, in] of the single weights of a linear that its scheme keeps in float."""
+        weight, scheme = self.view.weight(name), self.scheme(name)
+        assert scheme.weight is not None
+        count = OutlierWeights.of_share(scheme.outliers, weight.numel()).count
+        sensitivity = 1 / inverse_diagonal(hessian, self.begin.damping)
+        return outlier_mask(weight, scheme.weight, held, sensitivity, count)
 
     def act(self, name: str, x: Tensor) -> Tensor:
         """The input of a quantized linear on its grid; the gradient passes straight through."""
