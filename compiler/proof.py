@@ -167,7 +167,7 @@ class Prover:
 
 
 def neutral(program: Program, part: Part) -> dict[str, Tensor]:
-    """Tensors of inserted ops that change nothing until their edit comes: identities, unit scales, no channels, zeros."""
+    """Tensors of inserted ops that change nothing until their edit comes: identities, unit scales, no index, zeros."""
     found: dict[str, Tensor] = {}
     for node in program.nodes(part):
         if node.op == "get_attr" and node.target not in program.constants:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
 from .edit import Verb, apply, by_module
-from .execute import Route
+from .execute import Route, execute
 from .fake_quant import quantized_linears
 from .journal import Journal
 from .laws import shape
@@ -34,6 +34,7 @@ from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
 from .survey import survey
 from .view import BlockView
+from .walk import Walk
 
 MICROBATCH = 1024
 """Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
@@ -294,6 +295,15 @@ class _PartSolver:
             route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
             return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
+        def run(nodes: Any, env: Any, hook: Any, index: int) -> dict[Any, Any]:
+            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
+            return execute(step.program, nodes, tensors, env, dtype=stream.dtype, linear=hook, route=route)
+
+        view.walk = lambda: Walk(
+            step.program.nodes(self.part),
+            lambda index: stream.enter(index, step.program, self.part, step.bases),
+            run,
+        )
         view.batches = len(stream.batches)
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]

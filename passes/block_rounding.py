@@ -15,6 +15,7 @@ from ..compiler.fake_quant import fake_act
 from ..compiler.operand import Quantize
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
+from ..compiler.walk import Walk
 from ..runtime.outlier_weights import OutlierWeights, to_csr
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
@@ -34,10 +35,6 @@ NOT_FINITE = (
 )
 HELD_OUT = 8
 """One microbatch in so many is kept for choosing among states."""
-
-
-class Reached(Exception):
-    """The linears of interest have been seen: the rest of the block need not run."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,9 @@ class BlockRounding:
         self.done: dict[str, QuantizedLinear] = dict(view.quantized)
         self.weights: dict[str, Tensor] = {n: q.dense for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
+        self.walk: Walk | None = None
+        self.ahead: list[str] = []
+        """Linears whose integers are searched for, in the order of the dataflow."""
         self.trains = self.training = False
         self.quantized_act = True
 
@@ -87,8 +87,12 @@ class BlockRounding:
         learned = {name for name in self.swaps if self.learned(name)}
         weighted = learned and self.begin.weighted
         importance = token_importance(self.view, learned, self.where) if weighted else []
-        for group in self.groups():
+        self.walk = self.view.walk() if learned and self.view.walk is not None else None
+        groups = self.groups()
+        self.ahead = [name for group in groups for name in group if name in learned]
+        for group in groups:
             self.start(group, importance)
+        self.walk = None
         if self.roundings and training is not None:
             self.train(training)
         return {name: self.done[name] for name in self.swaps}
@@ -167,20 +171,11 @@ class BlockRounding:
     @torch.no_grad()
     def each_input(self, name: str, batches: range, take: Callable[[int, Tensor], None]) -> None:
         """Hand ``take`` the input [rows, in] of a linear, microbatch by microbatch, all before it quantized."""
-        assert self.view.forward is not None
+        assert self.walk is not None
+        last = self.view.together(name) == self.view.together(self.ahead[-1])
         for index in batches:
-
-            def hook(at: str, x: Tensor, weight: Tensor, bias: Tensor | None, index: int = index) -> Tensor:
-                if at != name:
-                    return self.run(at, x, weight, bias)
-                take(index, x.reshape(-1, x.shape[-1]))
-                raise Reached
-
-            try:
-                self.view.forward(hook, index)
-            except Reached:
-                continue
-            raise AssertionError(f"{name} was not run")
+            x = self.walk.input(name, index, self.run, last=last)
+            take(index, x.reshape(-1, x.shape[-1]))
 
     def alike(self, names: list[str]) -> list[list[str]]:
         """Linears whose weights get integers of one kind, and share no scale: they are searched as one."""
@@ -244,8 +239,8 @@ class BlockRounding:
             return x
         with torch.no_grad():
             clean = x.detach()
-            change = fake_act(clean, scheme, self.done[name]) - clean
-        return x + change
+            gridded = fake_act(clean, scheme, self.done[name])
+        return x + (gridded - clean) if x.requires_grad else gridded
 
     def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear in its present state: trained, started, or still float."""

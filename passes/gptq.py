@@ -89,7 +89,7 @@ class Gptq(Pass):
         channels = sum(one.width + one.out for one in block.linears) + block.activations
         backward = block.tokens * block.itemsize * channels if self.weighted else 0
         search = 44 * max(one.width**2 for one in mine) + 24 * max(one.out * one.width for one in mine)
-        return 5 * sum(one.out * one.width for one in mine) + max(backward, search)
+        return 5 * sum(one.out * one.width for one in mine) + max(backward, search + block.walked)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""

@@ -29,6 +29,7 @@ def outlier_mask(weight: Tensor, format: Int, dtype: torch.dtype, sensitivity: T
 
     Source: SpQR (arXiv 2306.03078), section 4.2 and algorithm 2: there a threshold decides, here a number.
     """
+    weight = weight.contiguous()
     mask = torch.zeros_like(weight, dtype=torch.bool)
     for turn in range(TURNS):
         take = count * (turn + 1) // TURNS - count * turn // TURNS
