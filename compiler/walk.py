@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Walk:
     """
 
     def __init__(
-        self, nodes: Sequence[fx.Node], enter: Callable[[int], dict[fx.Node, Any]], run: Run
+        self, nodes: Iterable[fx.Node], enter: Callable[[int], dict[fx.Node, Any]], run: Run
     ) -> None:
         self.nodes, self.enter, self.run = list(nodes), enter, run
         order = {node: position for position, node in enumerate(self.nodes)}
