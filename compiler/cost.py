@@ -57,6 +57,14 @@ class Cost:
         }  # fmt: skip
 
 
+def stored_bits(out: int, width: int, scheme: LinearScheme) -> int:
+    """Bits of a weight [out, width] on the device, with 32 per scale and per offset; float is 16 per weight."""
+    if scheme.weight is None:
+        return 16 * out * width
+    groups = width // scheme.weight.group if scheme.weight.group else 1
+    return scheme.weight.bits * out * width + 32 * out * groups * (1 if scheme.weight.symmetric else 2)
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     if count >= GIB:
@@ -77,7 +85,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
     here that varies between runs.
     """
     blocks = {part.index for part in plan.final.blocks}
-    bits, weights = 0.0, 0
+    bits, weights = 0, 0
     beside = {site.name: site.beside for site in sites_of(plan)}
     packed = 0  # bytes that int4 weights save on the device
     schemes: dict[str, int] = {}
@@ -88,11 +96,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         scheme: LinearScheme = node.meta.get("scheme", FLOAT)
         out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
         count = out * width
-        groups = width // scheme.weight.group if scheme.weight and scheme.weight.group else 1
-        if scheme.weight is None:
-            bits += 16 * count
-        else:
-            bits += count * scheme.weight.bits + 32 * out * groups * (1 if scheme.weight.symmetric else 2)
+        bits += stored_bits(out, width, scheme)
         float_part = beside.get(str(node.target))
         if float_part is not None:
             stored = float_part.tensors(width, out, plan.dtype).values()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
 from .edit import Verb, apply, by_module
-from .execute import Route, execute
+from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal
 from .laws import shape
@@ -34,13 +34,17 @@ from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
 from .survey import survey
 from .view import BlockView
-from .walk import Walk
+from .walk import walk_over
 
 MICROBATCH = 1024
 """Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
 
 Sink = Callable[[str, Tensor], None]
 """Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
+
+
+Watch = Callable[[Part, Mapping[str, Tensor]], None]
+"""Sees each part once all passes are done with it, with its tensors as they left them: float32, tables as they run."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,9 @@ class Solver:
 
     def __init__(
         self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Callable[[Progress], None] = lambda progress: None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        self.plan, self.ids, self.sink, self.compute = plan, ids, sink, compute
+        self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
         self.microbatch = max(1, MICROBATCH // ids.shape[1])
         self.report = report
         self.journal = Journal()
@@ -201,6 +205,11 @@ class _PartSolver:
         if self.quantized:
             sqnr = solver.prover.sqnr(self.part, self.tensors, self.quantized, self.schemes)
             solver.journal.measured(self.part.name, sqnr)
+        if solver.watch is not None:
+            finished = {
+                n: rows.finished(self.plan.program, solver.compute) for n, rows in self.rowwise.items()
+            }
+            solver.watch(self.part, {**self.tensors, **finished})
         self._write()
         self._advance()
         solver.prover.finish(proved)
@@ -278,6 +287,10 @@ class _PartSolver:
 
         return route
 
+    def _routed(self, index: int) -> Route:
+        """Rows of a microbatch go where the float model sent them."""
+        return lambda node, own, experts: self.routes[index, node]
+
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
         if self.outputs is None:
@@ -292,18 +305,11 @@ class _PartSolver:
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
-            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
-            return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
+            return stream.run(index, step.program, self.part, tensors, step.bases, hook, self._routed(index))[
+                hidden
+            ]
 
-        def run(nodes: Any, env: Any, hook: Any, index: int) -> dict[Any, Any]:
-            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
-            return execute(step.program, nodes, tensors, env, dtype=stream.dtype, linear=hook, route=route)
-
-        view.walk = lambda: Walk(
-            step.program.nodes(self.part),
-            lambda index: stream.enter(index, step.program, self.part, step.bases),
-            run,
-        )
+        view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
         view.batches = len(stream.batches)
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .contract import Basis
+from .execute import Route, execute
+from .program import Part, Program
+from .streams import Stream
 from .view import LinearHook
 
 Run = Callable[[Sequence[fx.Node], Mapping[fx.Node, Any], LinearHook, int], dict[fx.Node, Any]]
@@ -66,3 +70,17 @@ class Walk:
         if not last:
             self.places[index] = _Place(target, live)
         return live[source]
+
+
+def walk_over(
+    stream: Stream, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
+    routed: Callable[[int], Route],
+) -> Walk:  # fmt: skip
+    """A walk over a block on the boundary values of a stream; ``routed`` says where a microbatch's rows go."""
+    return Walk(
+        program.nodes(part),
+        lambda index: stream.enter(index, program, part, bases),
+        lambda nodes, env, hook, index: execute(
+            program, nodes, tensors, env, dtype=stream.dtype, linear=hook, route=routed(index)
+        ),
+    )
