@@ -305,9 +305,8 @@ class _PartSolver:
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
-            return stream.run(index, step.program, self.part, tensors, step.bases, hook, self._routed(index))[
-                hidden
-            ]
+            route = self._routed(index)
+            return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
         view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
         view.batches = len(stream.batches)
