@@ -299,8 +299,7 @@ class _PartSolver:
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
         assert outputs is not None
-        hidden = main_value(outputs[0], self.plan)
-        tensors = cast(self.tensors, solver.compute)
+        hidden, tensors = main_value(outputs[0], self.plan), cast(self.tensors, solver.compute)
         for name in self.schemes_of(step):
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
