@@ -126,6 +126,13 @@ class BlockSize:
     """Bytes of an activation."""
     hidden: int
     """Width of the residual stream."""
+    calibration: int = 0
+    """Tokens of all microbatches."""
+
+    @property
+    def walked(self) -> int:
+        """Bytes that a walk keeps between two linears: the residual stream and what is read next, of all tokens."""
+        return 2 * self.itemsize * self.calibration * self.hidden
 
     @property
     def activations(self) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..runtime.divided import LEAF
 from ..runtime.kronecker import fold
 from ..runtime.low_rank import FACTORS
+from ..runtime.outlier_channels import CHANNELS
 from .errors import Failed
 from .operand import (
     Divisor,
@@ -26,6 +27,7 @@ from .operand import (
     NormBias,
     Operand,
     Ordered,
+    Outliers,
     Permutation,
     Quantize,
     Slot,
@@ -50,7 +52,7 @@ class Verb(Enum):
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
     DIVIDE = "an online division by s before the linear, W <- W diag(s)"
-    BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x)"
+    BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x); or columns of W and channels of x moved beside it"
     SET_WEIGHT = "W <- a solved W"
     SWAP = "a quantized linear in its place"
     STUB = "q, k or v of an attention on an int8 grid"
@@ -68,7 +70,7 @@ class Edit:
     def __str__(self) -> str:
         shown = (
             f" {self.operand}"
-            if isinstance(self.operand, (Hadamard, Permutation, Kronecker, LowRank))
+            if isinstance(self.operand, (Hadamard, Permutation, Kronecker, LowRank, Outliers))
             else ""
         )
         if isinstance(self.operand, Stub):
@@ -80,10 +82,8 @@ class Edit:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The unknowns in it."""
-        if isinstance(self.operand, Kronecker):
+        if isinstance(self.operand, (Kronecker, LowRank, Outliers)):
             return self.operand.slots
-        if isinstance(self.operand, LowRank):
-            return self.operand.first, self.operand.second
         return (
             (self.operand.slot,)
             if isinstance(self.operand, (Vector, Permutation, Divisor, Weight, Quantize, Stub))
@@ -249,10 +249,18 @@ def _divide(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, 
 
 
 def _branch(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    operand = edit.operand
+    operand, weight = edit.operand, tensors["weight"]
+    if isinstance(operand, Outliers):
+        index = values[operand.index]
+        used = index[index >= 0].long()
+        columns = weight.new_zeros(len(weight), len(index))
+        columns[:, : len(used)] = weight[:, used]
+        tensors["weight"] = weight.index_fill(1, used, 0)
+        tensors |= dict(zip(CHANNELS, (index, columns), strict=True))
+        return
     assert isinstance(operand, LowRank)
     first, second = (values[slot].to(operand.dtype).to(dtype) for slot in (operand.first, operand.second))
-    tensors["weight"] = tensors["weight"] - second @ first
+    tensors["weight"] = weight - second @ first
     tensors |= dict(zip(FACTORS, (first, second), strict=True))
 
 

@@ -26,24 +26,24 @@ class Journal:
         """What was proved on the narrow twin before any weight was read."""
         self.entries.append({"part": "twin", "outcome": outcome})
 
-    def proved(self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate) -> None:
-        """An EXACT rewrite of one part, with its certificate."""
-        self._add(part, rewrite, edits, certificate={
+    def proved(
+        self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate,
+        measures: Mapping[str, float],
+    ) -> None:  # fmt: skip
+        """An EXACT rewrite of one part, with its certificate and what its pass measured."""
+        self._add(part, rewrite, edits, **_measures(measures), certificate={
             "math": _short(certificate.math), "stored": _short(certificate.stored), "rows": certificate.rows,
         })  # fmt: skip
 
     def learned(self, name: str, where: str, measures: Mapping[str, float]) -> None:
         """What a pass concluded from the whole float model, before anything was solved."""
-        self.entries.append(
-            {"survey": name, "where": where, "measures": {k: float(f"{v:.3g}") for k, v in measures.items()}}
-        )
+        self.entries.append({"survey": name, "where": where, "measures": {}, **_measures(measures)})
 
     def changed(
         self, part: str, rewrite: Rewrite, edits: Sequence[object], measures: Mapping[str, float]
     ) -> None:
         """A LOSSY rewrite of one part, with what its pass measured; its errors follow in ``measured``."""
-        more = {"measures": {name: float(f"{value:.3g}") for name, value in measures.items()}}
-        self._add(part, rewrite, edits, **(more if measures else {}))
+        self._add(part, rewrite, edits, **_measures(measures))
 
     def measured(self, part: str, sqnr: dict[str, float]) -> None:
         """Signal to quantization noise of each quantized linear's output, in dB, on the proof's calibration rows."""
@@ -143,6 +143,11 @@ def _line(name: str, own: Sequence[Mapping[str, Any]], noise: Sequence[float]) -
     if noise:
         text += f", signal to noise {noise[0]:.1f} to {noise[-1]:.1f} dB, median {noise[len(noise) // 2]:.1f}"
     return text
+
+
+def _measures(found: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """What a pass measured, in three digits; nothing where it measured nothing."""
+    return {"measures": {name: float(f"{value:.3g}") for name, value in found.items()}} if found else {}
 
 
 def _short(value: float) -> float:

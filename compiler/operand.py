@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
+from ..runtime.low_rank import LowRankBranch
+from ..runtime.outlier_channels import OutlierChannels
 from .scheme import LinearScheme
 
 
@@ -297,12 +299,43 @@ class LowRank:
     dtype: torch.dtype
 
     @property
-    def rank(self) -> int:
-        """Directions that it keeps."""
-        return self.first.shape[0]
+    def beside(self) -> LowRankBranch:
+        """What it is when the model runs."""
+        return LowRankBranch(self.first.shape[0])
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Both factors."""
+        return self.first, self.second
 
     def __str__(self) -> str:
-        return f"rank {self.rank}"
+        return f"rank {self.beside.rank}"
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input channels of a linear that are computed in float: ``index`` int [places], -1 in places that are not used."""
+
+    index: Slot
+    dtype: torch.dtype
+    """Of the model: the weights of those channels are stored in it."""
+
+    @property
+    def beside(self) -> OutlierChannels:
+        """What it is when the model runs."""
+        return OutlierChannels(self.index.shape[0])
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The index."""
+        return (self.index,)
+
+    def __str__(self) -> str:
+        return f"up to {self.beside.places} channels"
+
+
+Branch = LowRank | Outliers
+"""What ``BRANCH`` puts beside a linear."""
 
 
 @dataclass(frozen=True)
@@ -329,6 +362,7 @@ Operand = (
     | Permutation
     | Kronecker
     | LowRank
+    | Outliers
     | Divisor
     | Weight
     | Quantize

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.divided import LEAF
+from ..runtime.outlier_channels import CHANNELS
 from ..runtime.quantized import QuantizedLinear
 from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
 from .contract import Basis, Rewrite
@@ -188,14 +189,16 @@ class Prover:
 
 
 def neutral(program: Program, part: Part) -> dict[str, Tensor]:
-    """Tensors of inserted ops that change nothing until their edit comes: identity rotations, unit scales, zeros."""
+    """Tensors of inserted ops that change nothing until their edit comes: identities, unit scales, no index, zeros."""
     found: dict[str, Tensor] = {}
     for node in program.nodes(part):
         if node.op == "get_attr" and node.target not in program.constants:
             size = tuple(int(n) for n in node.meta["val"].shape)
-            square = str(node.target).endswith("_trans")
-            factor = str(node.target).endswith(LEAF)
-            found[str(node.target)] = (
-                torch.eye(size[0]) if square else torch.ones(size) if factor else torch.zeros(size)
-            )
+            name = str(node.target)
+            if name.endswith("_trans"):
+                found[name] = torch.eye(size[0])
+            elif name.endswith(CHANNELS[0]):
+                found[name] = torch.full(size, -1)
+            else:
+                found[name] = torch.ones(size) if name.endswith(LEAF) else torch.zeros(size)
     return found

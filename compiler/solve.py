@@ -42,6 +42,7 @@ from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
 from .survey import survey
 from .view import BlockView
+from .walk import walk_over
 
 MICROBATCH = 1024
 """Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
@@ -193,7 +194,7 @@ class _PartSolver:
                     certificate = solver.prover.prove(
                         proved, work.step, rewrite, self._proof_tensors(), values
                     )
-                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate)
+                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate, view.measures)
                 else:
                     solver.journal.changed(self.part.name, rewrite, rewrite.edits, view.measures)
                 self._apply(rewrite, values)
@@ -285,6 +286,10 @@ class _PartSolver:
 
         return route
 
+    def _routed(self, index: int) -> Route:
+        """Rows of a microbatch go where the float model sent them."""
+        return lambda node, own, experts: self.routes[index, node]
+
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
         if self.outputs is None:
@@ -293,15 +298,15 @@ class _PartSolver:
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
         assert outputs is not None
-        hidden = main_value(outputs[0], self.plan)
-        tensors = cast(self.tensors, solver.compute)
+        hidden, tensors = main_value(outputs[0], self.plan), cast(self.tensors, solver.compute)
         for name in self.schemes_of(step):
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
-            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
+            route = self._routed(index)
             return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
+        view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
         view.batches = len(stream.batches)
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]
@@ -336,7 +341,8 @@ class _PartSolver:
                 rows.edit(edits, values, before)
                 continue
             new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
-            self.tensors.update({f"{module}.{local}": tensor.float() for local, tensor in new.items()})
+            new = {local: t.float() if t.is_floating_point() else t for local, t in new.items()}
+            self.tensors.update({f"{module}.{local}": tensor for local, tensor in new.items()})
 
     def _calibrate(self, module: str, stub: Stub, found: Tensor) -> None:
         """Keep scale and offset of a stub, in the dtypes in which they are stored."""
