@@ -1,4 +1,4 @@
-"""Where passes, patterns, laws, schemes, readers of data sets and so on are found: entry points, ours like anybody's."""
+"""Where passes, patterns, laws, schemes, readers of data sets are found: entry points, ours like anybody's."""
 
 from __future__ import annotations
 
