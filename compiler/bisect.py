@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .analyze import Score, to_exclude
-from .capture import capture
 from .compile import Model, Options, Passes, calibration_of, compute_dtype, filled, plan
 from .contract import Pass
 from .errors import Refused
@@ -116,10 +115,8 @@ def bisect(
     if max_kl is not None and not 0 < max_kl < float("inf"):
         raise Refused(f"--max-kl {max_kl:g}: nats per token, more than 0")
     options = filled(passes, options or Options())
-    program = (
-        model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
-    )
-    planned = plan(program, passes, options, report).require()
+    planned = plan(model, passes, options, report).require()
+    program = planned.program
     if isinstance(program.source, ShapesOnly):
         program.source.load(())
     ids, compute = calibration_of(program, options).tokens, compute_dtype(program, options)

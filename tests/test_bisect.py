@@ -183,7 +183,8 @@ def test_what_there_is_not_is_refused(passes: str, max_kl: float | None, why: st
 
 
 @pytest.mark.broad
-def test_the_command_prints_a_table_and_json(spoiled: Home) -> None:
+def test_the_command_prints_a_table_and_json(spoiled: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qc.compiler.compile.capture", lambda *given, **more: spoiled.program)
     asked = ["bisect", str(spoiled.path), "--passes", "linear_quant", "--scheme", "w8a8", "--samples", "4"]
     asked += ["--length", "24", "--calib", str(spoiled.text)]
     status, said = command(asked)
