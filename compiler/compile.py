@@ -18,6 +18,7 @@ from . import registry
 from .calibration import Calibration, calibration
 from .capture import capture
 from .certify import vocabulary
+from .clock import Clock
 from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
@@ -27,6 +28,7 @@ from .export import (
     check_written,
     copy_side_files,
     exported_config,
+    manifest_of,
     write_json,
     write_manifest,
 )
@@ -40,6 +42,8 @@ from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
 from .recipe import Recipe
+from .report.data import report_data
+from .report.page import REPORT, page
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
@@ -83,6 +87,8 @@ class Options:
     """Every expert sees every calibration token, instead of those that are routed to it."""
     fallback: str = "L0"
     """``Lk``: the k places whose rounding is loudest on the calibration data stay float."""
+    timings: bool = False
+    """Let the report tell of this run too: its seconds, its memory, its host."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
@@ -188,7 +194,7 @@ def compile(
     """
     given = options or Options()
     options = filled(passes, given)
-    started = time.time()
+    report = clock = Clock(report)
     read = [Path(file) for file in (*options.calib, options.recipe) if file is not None]
     output = Output(out, force=options.force, inputs=read + _paths(model))
     output.check()
@@ -205,7 +211,7 @@ def compile(
     layout = planned.layout
     output.check(layout.nbytes)
     try:
-        journal = _work(planned, data, proved_first, output, options, report, (started, estimate))
+        journal = _work(planned, data, proved_first, output, options, clock, estimate)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error
@@ -252,27 +258,29 @@ def attentions_left(
 
 def _work(
     planned: Plan, data: Calibration | None, proved: Any, output: Output, options: Options,
-    report: Callable[[Progress], None], begun: tuple[float, int | None],
+    clock: Clock, estimate: int | None,
 ) -> Journal:  # fmt: skip
-    """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
-    layout, (started, estimate) = planned.layout, begun
+    """Solve the plan and write the whole output; ``estimate`` is what peak memory was thought to be."""
+    layout = planned.layout
     with output, _own_random_state():
         with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
-                sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=report,
+                sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=clock,
             )  # fmt: skip
             solver.journal.twin(proved)
             journal = solver.run()
         check_written(output.path, layout.specs)
-        _beside(planned, layout, data, journal, output.path, options)
-        write_json(output.path / RUN, {
-            "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak(),
-            "estimated_peak_memory_bytes": estimate,
+        run = {
+            "seconds": round(clock.stop(), 2),
+            "stages": {stage: round(spent, 2) for stage, spent in clock.stages.items()},
+            "peak_memory_bytes": peak(), "estimated_peak_memory_bytes": estimate,
             "host": platform.node(), "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "removed": list(output.removed),
-        })  # fmt: skip
+        }  # fmt: skip
+        _beside(planned, layout, data, journal, output.path, options, run if options.timings else None)
+        write_json(output.path / RUN, run)
     return journal
 
 
@@ -322,9 +330,10 @@ def _random_ids(program: Program, options: Options) -> Tensor:
 
 
 def _beside(
-    planned: Plan, layout: Any, data: Calibration | None, journal: Journal, path: Path, options: Options
-) -> None:
-    """The files beside the weights: config, tokenizer, description, journal, graph, plan, manifest."""
+    planned: Plan, layout: Any, data: Calibration | None, journal: Journal, path: Path, options: Options,
+    run: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """The files beside the weights: config, tokenizer, description, journal, plan, report, manifest."""
     program = planned.program
     config = _config(program)
     if config is not None:
@@ -342,7 +351,12 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
+    manifest = manifest_of(
+        path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options)
+    )
+    told = report_data(planned, journal, manifest, data, run)
+    (path / REPORT).write_text(page(told), encoding="utf-8")
+    write_manifest(path, manifest)
 
 
 def _write_rotation(planned: Plan, path: Path) -> None:
