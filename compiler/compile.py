@@ -351,11 +351,10 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    manifest = manifest_of(
-        path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options)
-    )
-    told = report_data(planned, journal, manifest, data, run)
-    (path / REPORT).write_text(page(told), encoding="utf-8")
+    ran = _remote_code(program, options)
+    manifest = manifest_of(path, _inputs(program, options), text, planned.rewrites, ran)
+    told = page(report_data(planned, journal, manifest, data, run))
+    (path / REPORT).write_text(told, encoding="utf-8")
     write_manifest(path, manifest)
 
 

@@ -46,7 +46,7 @@ def test_a_compile_writes_a_report_of_what_it_did(home: Callable[[str], Home], t
     block = data["parts"][1]
     assert len(block["states"]) == len(data["steps"]) + 1
     assert any("W4A4" in line for line in block["diffs"][-1])
-    assert any("proved, error" in line for line in block["rewrites"][0])
+    assert any(", proved, error" in line for line in block["rewrites"][0])
     linears = {row["kind"]: row for row in data["linears"]}
     down = linears["mlp.down_proj"]
     assert down["format"] == ["W8A8"] * 3

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-NAMES = ("compile", "plan", "show", "why", "eval", "verify", "analyze", "recipes", "generate")
+NAMES = ("compile", "plan", "show", "diff", "why", "eval", "verify", "analyze", "recipes", "generate")
 """The commands in the order in which ``qc --help`` lists them; each is the module of that name here."""

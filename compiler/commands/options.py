@@ -29,6 +29,29 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
 
 
+def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options of commands that look at the graph and at what passes make of it."""
+    command.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough"
+    )
+    what = command.add_mutually_exclusive_group(required=required)
+    what.add_argument("--passes", help="as these passes rewrite it (quote the list)")
+    what.add_argument("--config", metavar="FILE", help="as the passes of this recipe rewrite it")
+    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+
+
+def state_plan(args: argparse.Namespace) -> Any:
+    """The plan of the passes or of the recipe; None where neither was given."""
+    from ..compile import Options, plan
+
+    if args.passes is None and args.config is None:
+        return None
+    options = Options(scheme=args.scheme, target=args.target, trust_remote_code=args.trust_remote_code)
+    return plan(args.model, passes_of(args), options)
+
+
 def options_of(args: argparse.Namespace) -> Any:
     """The engine's options from parsed arguments."""
     from ..compile import Options

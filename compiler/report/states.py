@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from ..contract import Rewrite
-from ..plan import Plan
+from ..plan import Plan, Step
 from ..program import Part, Program
 from ..show.block import block_diagram
+from ..show.diff import part_diff
 from ..show.matched import Matched, matched
+from ..show.rewrites import Told
 from ..show.rows import Sizes, rows
 from ..show.runs import number_of, span
 from ..show.svg import svg
@@ -22,7 +23,7 @@ MORE_REWRITES = 40
 """Rewrites of a part that are listed; a layer of experts has hundreds."""
 
 
-def states_of(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def states_of(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """``parts``, each with its states, and ``drawings``, which the states name by number.
 
     Parts that have the same rows in every state are one. A part has ``title``, whether it is a ``block``, per state the
@@ -39,9 +40,6 @@ def states_of(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any
         kinds.setdefault((part.kind >= 0, lines), []).append(part)
     common = sorted(kinds, key=lambda kind: -len(kinds[kind]))[:MOST]
     drawn = {kind: parts for kind, parts in kinds.items() if kind in common}
-    by_part: dict[str, list[Mapping[str, Any]]] = {}
-    for entry in entries:
-        by_part.setdefault(str(entry.get("part")), []).append(entry)
     drawings: dict[str, int] = {}
     found = []
     for (block, lines), parts in drawn.items():
@@ -52,15 +50,8 @@ def states_of(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any
                 "block": block,
                 "states": [drawings.setdefault(one, len(drawings)) for one in shown],
                 "text": list(lines[0]),
-                "diffs": [changed(before, after) for before, after in pairwise(lines)],
-                "rewrites": [
-                    told(
-                        entry
-                        for entry in by_part.get(parts[0].name, ())
-                        if entry.get("pass") == step.what.name
-                    )
-                    for step in plan.steps
-                ],
+                "diffs": [list(part_diff(before, after, parts[0])) for before, after in pairwise(programs)],
+                "rewrites": [told(plan, step, Run(tuple(parts)), entries) for step in plan.steps],
             }
         )
     return {"parts": found, "drawings": list(drawings), "parts_left_out": len(kinds) - len(drawn)}
@@ -73,24 +64,12 @@ def title_of(parts: Sequence[Part]) -> str:
     return f"{'layer' if len(parts) == 1 else 'layers'} {span(number_of(part) for part in parts)}"
 
 
-def changed(before: Sequence[str], after: Sequence[str]) -> list[str]:
-    """A unified diff without the names of files; empty where nothing changes."""
-    return list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]
-
-
-def told(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line per rewrite of a part by a pass: where, what it did, what was proved or measured."""
-    lines = [_line(entry) for entry in entries]
+def told(plan: Plan, step: Step, run: Run, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One line per rewrite of a run by a pass: where, its claim, what was proved, what it did."""
+    found = Told(plan.program, step.answer.rewrites, entries)
+    lines = [*found.across(), *found.lines(run)]
     rest = len(lines) - MORE_REWRITES
     return lines if rest <= 0 else [*lines[:MORE_REWRITES], f"and {rest} more"]
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    inside = f"{entry['part']}."
-    line = f"{entry['where']}: {', '.join(entry['edits'])}".replace(inside, "")
-    if "certificate" in entry:
-        line += f" · proved, error {entry['certificate']['math']:.1e}"
-    return line + "".join(f" · {name} {value:g}" for name, value in entry.get("measures", {}).items())
 
 
 def _drawing(plan: Plan, programs: Sequence[Program], parts: Sequence[Part], at: int) -> str:

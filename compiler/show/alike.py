@@ -86,7 +86,6 @@ def _text(program: Program, nodes: list[fx.Node]) -> str:
         spelled[node] = f"v{len(lines)}"
         target = re.sub(r"\.\d+\b", ".N", str(node.target))
         lines.append(
-            f"{node.op} {target}({words}) {said} {node.meta.get('edits', '')}"
-            f" {node.meta.get('note', '')}"
+            f"{node.op} {target}({words}) {said} {node.meta.get('edits', '')} {node.meta.get('note', '')}"
         )
     return "\n".join(lines)

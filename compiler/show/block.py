@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -195,5 +194,3 @@ def _ops(row: Row, region: Region) -> tuple[Kind, str, tuple[str, ...]]:
     if len(names) > MOST_OPS:
         return "op", f"{len(ops)} ops", (", ".join(names[:MOST_OPS]) + ", ...",)
     return "op", " ".join(names) if len(names) < 3 else ", ".join(names), ()
-
-

@@ -9,8 +9,8 @@ Kind = Literal[
     "input", "output", "linear", "norm", "embedding", "attention", "op", "join", "inserted", "stub", "opaque",
     "alike", "run",
 ]  # fmt: skip
-"""``join`` is a lone sum or product, ``inserted`` an online op that a pass put there (a Hadamard rotation, a division, a
-low-rank branch), ``stub`` a place where q, k or v is put on a grid, ``run`` blocks that are alike, as one card."""
+"""``join`` is a lone sum or product, ``inserted`` an online op that a pass put there (a Hadamard rotation, a division,
+a low-rank branch), ``stub`` a place where q, k or v is put on a grid, ``run`` blocks that are alike, as one card."""
 
 
 @dataclass(frozen=True)

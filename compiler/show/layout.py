@@ -6,6 +6,7 @@ solution that keeps the order, found by pooling adjacent violators (de Leeuw, Ho
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +49,9 @@ class Layout:
 
 
 def layout(
-    sizes: Mapping[str, tuple[float, float]], arrows: Sequence[tuple[str, str]], late: frozenset[str] = frozenset()
+    sizes: Mapping[str, tuple[float, float]],
+    arrows: Sequence[tuple[str, str]],
+    late: frozenset[str] = frozenset(),
 ) -> Layout:
     """Place boxes.
 
@@ -70,7 +73,7 @@ def layout(
             rows[place[1]].append(place)
         chain: list[Node] = [source, *passing, target]
         chains.append(chain)
-        links += zip(chain, chain[1:], strict=False)
+        links += itertools.pairwise(chain)
     rows = _ordered(rows, links)
     x = _straightened(_across(rows, links, sizes), rows, chains, sizes)
     return _finished(rows, x, sizes, chains)
@@ -105,7 +108,9 @@ def _ordered(rows: list[list[Node]], links: Sequence[tuple[Node, Node]]) -> list
         for r in range(1, len(rows)) if down else range(len(rows) - 2, -1, -1):
             place = {node: i for i, node in enumerate(rows[r - 1 if down else r + 1])}
             own = {node: i for i, node in enumerate(rows[r])}
-            rows[r].sort(key=lambda node, p=place, o=own, n=near: _middle([p[x] for x in n.get(node, ())], o[node]))
+            rows[r].sort(
+                key=lambda node, p=place, o=own, n=near: _middle([p[x] for x in n.get(node, ())], o[node])
+            )
         count = _crossings(rows, below)
         if count < fewest:
             best, fewest = [list(row) for row in rows], count
@@ -127,7 +132,7 @@ def _middle(places: Sequence[int], own: int) -> float:
 
 def _crossings(rows: Sequence[Sequence[Node]], below: Mapping[Node, Sequence[Node]]) -> int:
     total = 0
-    for upper, lower in zip(rows, rows[1:], strict=False):
+    for upper, lower in itertools.pairwise(rows):
         place = {node: i for i, node in enumerate(lower)}
         ends = [sorted(place[target] for target in below.get(node, ())) for node in upper]
         passed: list[int] = []
@@ -138,7 +143,9 @@ def _crossings(rows: Sequence[Sequence[Node]], below: Mapping[Node, Sequence[Nod
 
 
 def _across(
-    rows: Sequence[Sequence[Node]], links: Sequence[tuple[Node, Node]], sizes: Mapping[str, tuple[float, float]]
+    rows: Sequence[Sequence[Node]],
+    links: Sequence[tuple[Node, Node]],
+    sizes: Mapping[str, tuple[float, float]],
 ) -> dict[Node, float]:
     """Centres of boxes and of passing arrows."""
     weighted: dict[Node, list[tuple[Node, float]]] = {}
@@ -233,7 +240,7 @@ def _offsets(row: Sequence[Node], sizes: Mapping[str, tuple[float, float]]) -> l
 
 
 def _apart(targets: Sequence[float], weights: Sequence[float], offsets: Sequence[float]) -> list[float]:
-    """Positions nearest to the targets, by weighted least squares, that are at least as far apart as ``offsets`` are."""
+    """Positions nearest to the targets, by weighted least squares, at least as far apart as ``offsets`` are."""
     pools: list[list[float]] = []  # [weighted mean, weight, how many]
     for target, weight, offset in zip(targets, weights, offsets, strict=True):
         pools.append([target - offset, weight, 1])
@@ -253,7 +260,9 @@ def _finished(
     sizes: Mapping[str, tuple[float, float]],
     chains: Sequence[Sequence[Node]],
 ) -> Layout:
-    left = min((x[n] - (sizes[n][0] if isinstance(n, str) else WIRE) / 2 for row in rows for n in row), default=0)
+    left = min(
+        (x[n] - (sizes[n][0] if isinstance(n, str) else WIRE) / 2 for row in rows for n in row), default=0
+    )
     at: dict[str, Place] = {}
     bands: list[tuple[float, float]] = []
     top = 0.0
@@ -296,10 +305,14 @@ def _ports(
         place, group = at[box], sorted(group)
         room = max(0.0, place.width - 24) if place.width > SMALL else 0.0
         step = min(22.0, room / max(1, len(group) - 1))
-        upright = [k for k, (near, i) in enumerate(group) if len(chains[i]) > 2 and abs(near - place.x) < room / 2]
+        upright = [
+            k for k, (near, i) in enumerate(group) if len(chains[i]) > 2 and abs(near - place.x) < room / 2
+        ]
         first = place.x - step * (len(group) - 1) / 2
         if len(upright) == 1:
             first = group[upright[0]][0] - step * upright[0]
         for k, (_, i) in enumerate(group):
-            found[i, side] = round(min(max(first + step * k, place.x - place.width / 2), place.x + place.width / 2), 1)
+            found[i, side] = round(
+                min(max(first + step * k, place.x - place.width / 2), place.x + place.width / 2), 1
+            )
     return found

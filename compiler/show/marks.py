@@ -30,7 +30,13 @@ def marks(
             flow = {place[name] for name in match.flow if name in place}
             way = tuple(i for i, arrow in enumerate(diagram.arrows) if arrow.source in flow)
             found.append(
-                Mark(match.pattern, caption, ids, way if match.flow else _between(diagram, ids), bool(match.flow))
+                Mark(
+                    match.pattern,
+                    caption,
+                    ids,
+                    way if match.flow else _between(diagram, ids),
+                    bool(match.flow),
+                )
             )
     return replace(diagram, marks=(*diagram.marks, *found))
 
@@ -38,7 +44,12 @@ def marks(
 def only(diagram: Diagram) -> Diagram:
     """The same with every box that no mark is on drawn pale."""
     lit = {id for mark in diagram.marks for id in mark.boxes}
-    lit |= {end for m in diagram.marks for i in m.arrows for end in (diagram.arrows[i].source, diagram.arrows[i].target)}
+    lit |= {
+        end
+        for m in diagram.marks
+        for i in m.arrows
+        for end in (diagram.arrows[i].source, diagram.arrows[i].target)
+    }
     return replace(diagram, dimmed=frozenset(box.id for box in diagram.boxes) - lit)
 
 
@@ -57,7 +68,9 @@ def _passes(match: Matched, rewrites: Sequence[Rewrite]) -> tuple[str, ...]:
 def _between(diagram: Diagram, ids: Sequence[str]) -> tuple[int, ...]:
     """Arrows on the ways from one of these boxes to another, over boxes that hold no weights of their own."""
     wanted = set(ids)
-    crossing = {box.id for box in diagram.boxes if box.kind in ("op", "join", "attention", "inserted", "stub")}
+    crossing = {
+        box.id for box in diagram.boxes if box.kind in ("op", "join", "attention", "inserted", "stub")
+    }
     leaving: dict[str, list[int]] = {}
     for i, arrow in enumerate(diagram.arrows):
         leaving.setdefault(arrow.source, []).append(i)

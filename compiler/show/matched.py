@@ -46,7 +46,7 @@ class Matched:
 
 
 def matched(
-    program: Program, names: Iterable[str] | None = None, part: Part | None = None
+    program: Program, names: Iterable[str] | None = None, parts: Iterable[Part] = ()
 ) -> tuple[Matched, ...]:
     """The matches of registered patterns in the first block of every run, in the order of the patterns.
 
@@ -55,15 +55,17 @@ def matched(
     Args:
         program: A program.
         names: Patterns; None is `MARKED`.
-        part: A block to be searched although it may not be the first of its run.
+        parts: Blocks to be searched although they may not be the first of their runs.
 
     Raises:
         Refused: No pattern is registered under one of the names.
     """
     patterns: list[Pattern[Any]] = [registry.get("patterns", name) for name in names or MARKED]
-    small = condensed(program, [piece for run in runs(program) for piece in run.split(part)])
+    small = condensed(program, [piece for run in runs(program) for piece in run.split(parts)])
     return tuple(
-        Matched(pattern.name, tuple(_fields(match)), tuple(_flow(match))) for pattern in patterns for match in pattern.find(small)
+        Matched(pattern.name, tuple(_fields(match)), tuple(_flow(match)))
+        for pattern in patterns
+        for match in pattern.find(small)
     )
 
 

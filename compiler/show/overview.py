@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -32,7 +33,7 @@ def model_diagram(
     cards = [_card(program, run, matches, rewrites) for run in found]
     card_of = {part.index: card.id for card, run in zip(cards, found, strict=True) for part in run.parts}
     arrows: dict[tuple[str, str], str] = {}
-    for before, run in zip(found, found[1:], strict=False):
+    for before, run in itertools.pairwise(found):
         ends = (before.parts[-1].index, run.first.index)
         for source in outside(program, run.first):
             origin = source.meta["part"]

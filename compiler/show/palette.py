@@ -1,5 +1,8 @@
-"""Colours of drawings, light and dark. Text on them has a contrast of at least 4.5 to 1; blue, orange and purple are told
-apart by people who do not see all colours, and no colour stands without a word that says the same."""
+"""Colours of drawings, light and dark.
+
+Text on them has a contrast of at least 4.5 to 1. Blue, orange and purple are told apart by people who do not see all
+colours, and no colour stands without a word that says the same.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Regions: which ops of a part are drawn as one box, found by dataflow.
 
-An op joins the box of its readers where all of them are in one box; a box so has one way out, and joining makes no cycle.
-Leaves, attentions, products of matrices and what a pass inserted keep a box of their own.
+An op joins the box of its readers where all of them are in one box; a box so has one way out, and joining makes no
+cycle. Leaves, attentions, products of matrices and what a pass inserted keep a box of their own.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Region:
     @property
     def ops(self) -> tuple[str, ...]:
         """Names of its ops that do more than hand values on, in order."""
-        return tuple(op_name(node) for node in self.nodes if node.op == "call_function" and not _hands_on(node))
+        return tuple(
+            op_name(node) for node in self.nodes if node.op == "call_function" and not _hands_on(node)
+        )
 
 
 def regions(program: Program, part: Part, *, whole: bool = True) -> tuple[Region, ...]:
@@ -127,7 +129,8 @@ def sources(region: Region) -> tuple[fx.Node, ...]:
 def arrow_only(region: Region) -> bool:
     """Whether a region only hands on the one value that it reads."""
     return (
-        all(node.op == "call_function" and _hands_on(node) for node in region.nodes) and len(sources(region)) == 1
+        all(node.op == "call_function" and _hands_on(node) for node in region.nodes)
+        and len(sources(region)) == 1
     )
 
 

@@ -126,9 +126,7 @@ def outside(program: Program, part: Part) -> tuple[fx.Node, ...]:
     return tuple(seen)
 
 
-def rows(
-    program: Program, part: Part, sizes: Sizes, known: Mapping[str, str] | None = None
-) -> Iterator[Row]:
+def rows(program: Program, part: Part, sizes: Sizes, known: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... by first use.
 
     Experts that are alike have the rows of the first of them, and one that counts the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -22,10 +23,11 @@ class Run:
         """The part whose rows stand for all."""
         return self.parts[0]
 
-    def split(self, part: Part | None) -> tuple[Run, ...]:
-        """Two runs of which the second begins with ``part``; itself where that is not to be done."""
-        at = self.parts.index(part) if part in self.parts else 0
-        return (Run(self.parts[:at]), Run(self.parts[at:])) if at else (self,)
+    def split(self, at: Iterable[Part]) -> tuple[Run, ...]:
+        """The same blocks as runs of which one begins with each of these parts."""
+        starts = {0, *(self.parts.index(part) for part in at if part in self.parts)}
+        edges = [*sorted(starts), len(self.parts)]
+        return tuple(Run(self.parts[a:b]) for a, b in itertools.pairwise(edges))
 
     @property
     def title(self) -> str:
@@ -39,18 +41,13 @@ class Run:
         return f"{first.name.removesuffix(number)}{number}..{number_of(last)} alike"
 
 
-def runs(program: Program, key: dict[int, object] | None = None) -> tuple[Run, ...]:
-    """The parts in order, consecutive blocks with equal rows together.
-
-    Args:
-        program: A program.
-        key: By index of a part, what must be equal beside the rows.
-    """
+def runs(program: Program) -> tuple[Run, ...]:
+    """The parts in order, consecutive blocks with equal rows together."""
     sizes = Sizes(program)
     found: list[list[Part]] = []
-    before: object = None
+    before: list[str] = []
     for part in program.parts:
-        own = ([row.line() for row in rows(program, part, sizes)], (key or {}).get(part.index))
+        own = [row.line() for row in rows(program, part, sizes)]
         if found and part.kind >= 0 and found[-1][0].kind >= 0 and own == before:
             found[-1].append(part)
         else:
@@ -108,7 +105,9 @@ def bindings(program: Program, run: Run, sizes: Sizes) -> tuple[Binding, ...]:
                 number_of(part)
             )
     return tuple(
-        Binding(name, type_, tuple(o if len(origins) == 1 else f"{o} in {span(n)}" for o, n in origins.items()))
+        Binding(
+            name, type_, tuple(o if len(origins) == 1 else f"{o} in {span(n)}" for o, n in origins.items())
+        )
         for (name, type_), origins in found.items()
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from . import palette
 from .diagram import Box, Diagram, Mark
 from .layout import Layout, Point, layout
-from .palette import FILLS, INK, MARKS, MUTED, OTHER_MARK, PAPER, WIRE, WIDTHS, Colour, fill_of
+from .palette import FILLS, INK, MARKS, MUTED, OTHER_MARK, PAPER, WIDTHS, WIRE, Colour, fill_of
 from .shapes import LINE, mono, n, sans, shape, size_of
 
 MARGIN = 24.0
@@ -21,7 +21,7 @@ CAPTION = 20.0
 
 
 def svg(diagram: Diagram, *, style: bool = True) -> str:
-    """The diagram as an ``<svg>`` element, pure ASCII layout of numbers: same diagram, same bytes.
+    """The diagram as an ``<svg>`` element, without ids or scripts: same diagram, same bytes.
 
     Args:
         diagram: What to draw.
@@ -36,8 +36,8 @@ def svg(diagram: Diagram, *, style: bool = True) -> str:
     width = max(aside, mono(diagram.title, 15), *(right for _, right, _ in legend), 200) + 2 * MARGIN
     height = HEAD + placed.height + 2 * MARGIN + (legend[-1][2] - placed.height if legend else 0)
     body = [
-        *_arrows(diagram, placed),
         *(element for box in diagram.boxes for element in _box(diagram, box, placed)),
+        *_arrows(diagram, placed),
         *(element for element, _ in gutter),
         *(element for element, _, _ in legend),
     ]
@@ -98,7 +98,7 @@ def _curve(points: Sequence[Point]) -> str:
     *first, (x, y) = points
     points = [*first, (x, y - 7)]
     said = [f"M{n(points[0][0])} {n(points[0][1])}"]
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if abs(x0 - x1) < 0.3:
             said.append(f"L{n(x1)} {n(y1)}")
         else:
@@ -158,7 +158,11 @@ def _legend(diagram: Diagram, top: float, room: float) -> Iterator[tuple[str, fl
     things += [(chip.kind, chip.bits) for box in diagram.boxes for _, chips in box.chips for chip in chips]
     names = [fill_of(kind, bits) for kind, bits in things]
     words = {f"w{bits}": f"linear, {text}" for bits, text in WIDTHS.items()}
-    words |= {"norm": "norm", "inserted": "online op that a pass inserted", "stub": "q, k or v on an int8 grid"}
+    words |= {
+        "norm": "norm",
+        "inserted": "online op that a pass inserted",
+        "stub": "q, k or v on an int8 grid",
+    }
     x, y = 0.0, top
     for name, text in words.items():
         if name not in names:
@@ -218,4 +222,3 @@ def _style() -> str:
 
 STYLE = _style()
 """The style of every drawing; its classes begin with ``qc-``."""
-
