@@ -14,7 +14,7 @@ from ..show.diff import part_diff
 from ..show.matched import Matched, matched
 from ..show.rewrites import Told
 from ..show.rows import Sizes, rows
-from ..show.runs import number_of, span
+from ..show.runs import Run, number_of, span
 from ..show.svg import svg
 
 MOST = 24
