@@ -7,15 +7,16 @@ from itertools import pairwise
 from typing import Any
 
 from ..contract import Rewrite
-from ..plan import Plan, Step
+from ..plan import Plan
 from ..program import Part, Program
 from ..show.block import block_diagram
 from ..show.diff import part_diff
-from ..show.matched import Matched, matched
+from ..show.matched import MARKED, Matched, matched
 from ..show.rewrites import Told
 from ..show.rows import Sizes, rows
-from ..show.runs import Run, number_of, span
+from ..show.runs import Run, condensed, number_of, span
 from ..show.svg import svg
+from .kinds import kinds_of, runs_of
 
 MOST = 24
 """Kinds of parts that are drawn. A model with more of them has its rarest ones left out, and the page says so."""
@@ -26,32 +27,30 @@ MORE_REWRITES = 40
 def states_of(plan: Plan, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """``parts``, each with its states, and ``drawings``, which the states name by number.
 
-    Parts that have the same rows in every state are one. A part has ``title``, whether it is a ``block``, per state the
+    Parts that are the same in every state are one. A part has ``title``, whether it is a ``block``, per state the
     number of its drawing, its ``text`` before all passes, and per pass its ``diffs`` and its ``rewrites``.
     """
     programs = [step.program for step in plan.steps] + [plan.final]
-    sizes = [Sizes(program) for program in programs]
-    kinds: dict[tuple[bool, tuple[tuple[str, ...], ...]], list[Part]] = {}
-    for part in plan.program.parts:
-        lines = tuple(
-            tuple(row.line() for row in rows(program, part, size))
-            for program, size in zip(programs, sizes, strict=True)
-        )
-        kinds.setdefault((part.kind >= 0, lines), []).append(part)
-    common = sorted(kinds, key=lambda kind: -len(kinds[kind]))[:MOST]
-    drawn = {kind: parts for kind, parts in kinds.items() if kind in common}
+    kinds = kinds_of(programs)
+    runs = runs_of(kinds)
+    small = [condensed(program, runs) for program in programs]
+    drawn = sorted(sorted(kinds, key=len, reverse=True)[:MOST], key=lambda parts: parts[0].index)
+    firsts = [parts[0] for parts in drawn if parts[0].kind >= 0]
+    marked = [_marked(plan, small, at, firsts) for at in range(len(small))]
+    told = [Told(plan.program, step.answer.rewrites, entries) for step in plan.steps]
     drawings: dict[str, int] = {}
     found = []
-    for (block, lines), parts in drawn.items():
-        shown = [_drawing(plan, programs, parts, at) for at in range(len(programs))]
+    for parts in drawn:
+        first = parts[0]
+        shown = [_drawing(plan, program, first, at, marked[at]) for at, program in enumerate(small)]
         found.append(
             {
                 "title": title_of(parts),
-                "block": block,
+                "block": first.kind >= 0,
                 "states": [drawings.setdefault(one, len(drawings)) for one in shown],
-                "text": list(lines[0]),
-                "diffs": [list(part_diff(before, after, parts[0])) for before, after in pairwise(programs)],
-                "rewrites": [told(plan, step, Run(tuple(parts)), entries) for step in plan.steps],
+                "text": [row.line() for row in rows(small[0], first, Sizes(small[0]))],
+                "diffs": [list(part_diff(before, after, first)) for before, after in pairwise(small)],
+                "rewrites": [_lines(one, Run(tuple(parts))) for one in told],
             }
         )
     return {"parts": found, "drawings": list(drawings), "parts_left_out": len(kinds) - len(drawn)}
@@ -64,27 +63,30 @@ def title_of(parts: Sequence[Part]) -> str:
     return f"{'layer' if len(parts) == 1 else 'layers'} {span(number_of(part) for part in parts)}"
 
 
-def told(plan: Plan, step: Step, run: Run, entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _lines(told: Told, run: Run) -> list[str]:
     """One line per rewrite of a run by a pass: where, its claim, what was proved, what it did."""
-    found = Told(plan.program, step.answer.rewrites, entries)
-    lines = [*found.across(), *found.lines(run)]
+    lines = [*told.across(), *told.lines(run)]
     rest = len(lines) - MORE_REWRITES
     return lines if rest <= 0 else [*lines[:MORE_REWRITES], f"and {rest} more"]
 
 
-def _drawing(plan: Plan, programs: Sequence[Program], parts: Sequence[Part], at: int) -> str:
-    """The first of some parts that are alike, in one state: before all passes, or after the first ``at`` of them.
-
-    Marked are the matches of the patterns that the last of these passes rewrote, at the start all that there are.
-    """
-    steps = plan.steps[:at]
-    found = _matches(plan, parts[0]) if parts[0].kind >= 0 else ()
-    rewrites = [rewrite for step in steps for rewrite in step.answer.rewrites]
-    if steps:
-        last = {rewrite.pattern.replace("-", "_") for rewrite in steps[-1].answer.rewrites}
-        found = tuple(match for match in found if match.pattern in last)
-    diagram = block_diagram(programs[at], parts[0], matches=found, rewrites=own_rewrites(rewrites, parts[0]))
+def _drawing(plan: Plan, program: Program, part: Part, at: int, matches: Sequence[Matched]) -> str:
+    rewrites = [rewrite for step in plan.steps[:at] for rewrite in step.answer.rewrites]
+    diagram = block_diagram(program, part, matches=matches, rewrites=own_rewrites(rewrites, part))
     return svg(diagram, style=False)
+
+
+def _marked(plan: Plan, small: Sequence[Program], at: int, firsts: Sequence[Part]) -> tuple[Matched, ...]:
+    """What is marked after so many passes: matches of the patterns that the last one rewrote, at the start of all.
+
+    They are those of the program before all passes; the residual stream is one space only once norm gains are fused.
+    """
+    if not at:
+        return matched(small[0], [name for name in MARKED if name != "residual"], firsts)
+    last = {rewrite.pattern for rewrite in plan.steps[at - 1].answer.rewrites}
+    names = [name for name in MARKED if name in last and name != "residual"]
+    found = matched(small[0], names, firsts) if names else ()
+    return found + (matched(small[at - 1], ["residual"], firsts) if "residual" in last else ())
 
 
 def own_rewrites(rewrites: Iterable[Rewrite], part: Part) -> list[Rewrite]:
@@ -95,10 +97,3 @@ def own_rewrites(rewrites: Iterable[Rewrite], part: Part) -> list[Rewrite]:
         if rewrite.basis is not None
         or any(name.startswith(f"{part.name}.") for name in (*rewrite.modules, rewrite.where))
     ]
-
-
-def _matches(plan: Plan, part: Part) -> tuple[Matched, ...]:
-    known = plan.program.memory.setdefault("report matches", {})
-    if part.index not in known:
-        known[part.index] = matched(plan.program, part=part)
-    return known[part.index]
