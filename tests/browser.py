@@ -20,9 +20,9 @@ def chromium() -> str:
     """Path of the browser, or the test skips and says why."""
     pytest.importorskip("playwright.sync_api", reason="Playwright drives the browser: pip install playwright")
     found = os.environ.get(VARIABLE) or next(filter(None, map(shutil.which, NAMES)), None)
-    if not found or not Path(found).is_file():
-        pytest.skip(f"no Chromium: install one of {', '.join(NAMES)}, or name it in {VARIABLE}")
-    return found
+    if found and Path(found).is_file():
+        return found
+    pytest.skip(f"no Chromium: install one of {', '.join(NAMES)}, or name it in {VARIABLE}")
 
 
 class Seen:
