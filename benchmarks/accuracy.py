@@ -113,8 +113,11 @@ RECIPES |= {
 
 LITERATURE = {
     "smoothquant-o1": Recipe("smooth_quant,linear_quant", "w8a8-pt"),
+    "smoothquant-o2": Recipe("smooth_quant,linear_quant", "w8a8-dynamic-tensor-pt", target="modelslim"),
     "smoothquant-o3": Recipe("smooth_quant,linear_quant", "w8a8-static-symmetric-pt"),
     "zeroquant": Recipe("linear_quant", "w8a8-g64", target="modelslim"),
+    "llm-int8": Recipe("outlier_channels,linear_quant", "w8a8", target="modelslim"),
+    "spqr": Recipe("spqr", "w4a16-g64-asym", target="modelslim"),
     "outlier-suppression": Recipe("fuse_norms,linear_quant{act_method=histogram}", "w8a8-static"),
 }
 RECIPES |= LITERATURE

@@ -57,7 +57,10 @@ class Edited(Mapping[str, Tensor]):
         if self._last[0] != module:
             new = apply(self.program, module, self.edits[module], self.values, self.base.get, self.dtype)
             if self.rounded is not None:
-                new = {key: value.to(self.rounded).to(self.dtype) for key, value in new.items()}
+                new = {
+                    key: value.to(self.rounded).to(self.dtype) if value.is_floating_point() else value
+                    for key, value in new.items()
+                }
             self._last = (module, new)
         found = self._last[1].get(local)  # not every tensor of a module belongs to what is edited
         return self.base[name].to(self.dtype) if found is None else found

@@ -22,7 +22,7 @@ from .choose import check_asked, chosen
 from .clock import Clock
 from .contract import Pass
 from .cost import cost_of
-from .errors import Failed, Refused
+from .errors import Failed, NotEquivalent, Refused
 from .export import (
     RUN,
     Output,
@@ -38,6 +38,7 @@ from .named import named
 from .plan import Plan, make_plan
 from .program import Program
 from .recipe import Recipe
+from .reproducer import kept
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
@@ -250,6 +251,8 @@ def compile(
     output.check(layout.nbytes)
     try:
         journal = _work(planned, data, proved_first, output, options, clock, estimate)
+    except NotEquivalent as error:
+        raise kept(error, planned, output.out) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from .memory import peak_of
 from .plan import Plan
 from .scheme import FLOAT, LinearScheme
+from .targets.served import sites_of
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs. Bits count scales; an int4 is a byte on disk and half a byte on the device."""
+    """What a plan costs. Bits count scales, offsets and what stands in float beside integers.
+
+    An int4 is a byte on disk and half a byte on the device."""
 
     bits_per_weight: float
     """Average over the linears of all blocks."""
@@ -54,11 +58,11 @@ class Cost:
 
 
 def stored_bits(out: int, width: int, scheme: LinearScheme) -> int:
-    """Bits of a weight [out, width] on the device, with 32 per scale; float is 16 per weight."""
+    """Bits of a weight [out, width] on the device, with 32 per scale and per offset; float is 16 per weight."""
     if scheme.weight is None:
         return 16 * out * width
     groups = width // scheme.weight.group if scheme.weight.group else 1
-    return scheme.weight.bits * out * width + 32 * out * groups
+    return scheme.weight.bits * out * width + 32 * out * groups * (1 if scheme.weight.symmetric else 2)
 
 
 def size(count: int) -> str:
@@ -82,6 +86,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
     """
     blocks = {part.index for part in plan.final.blocks}
     bits, weights = 0, 0
+    beside = {site.name: site.beside for site in sites_of(plan)}
     packed = 0  # bytes that int4 weights save on the device
     schemes: dict[str, int] = {}
     for node in plan.final.graph.nodes:
@@ -92,6 +97,10 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
         count = out * width
         bits += stored_bits(out, width, scheme)
+        float_part = beside.get(str(node.target))
+        if float_part is not None:
+            stored = float_part.tensors(width, out, plan.dtype).values()
+            bits += sum(8 * dtype.itemsize * prod(shape) for dtype, shape in stored)
         format = plan.formats.get(str(node.target))
         packed += count // 2 if format is not None and format.weight_bits == 4 and not format.packed else 0
         weights += count

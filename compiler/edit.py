@@ -16,6 +16,7 @@ from torch import Tensor
 from ..runtime.divided import LEAF
 from ..runtime.kronecker import fold
 from ..runtime.low_rank import FACTORS
+from ..runtime.outlier_channels import CHANNELS
 from .errors import Failed
 from .operand import (
     Divisor,
@@ -25,6 +26,9 @@ from .operand import (
     LowRank,
     NormBias,
     Operand,
+    Ordered,
+    Outliers,
+    Permutation,
     Quantize,
     Slot,
     Stub,
@@ -48,7 +52,7 @@ class Verb(Enum):
     SET_UNIT = "g <- 1"
     WRAP = "an online rotation before the linear, W <- L⁻¹ W R⁻ᵀ"
     DIVIDE = "an online division by s before the linear, W <- W diag(s)"
-    BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x)"
+    BRANCH = "W <- W - L2 L1, beside it x -> L2 (L1 x); or columns of W and channels of x moved beside it"
     SET_WEIGHT = "W <- a solved W"
     SWAP = "a quantized linear in its place"
     STUB = "q, k or v of an attention on an int8 grid"
@@ -64,7 +68,11 @@ class Edit:
     operand: Operand = None
 
     def __str__(self) -> str:
-        shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker, LowRank)) else ""
+        shown = (
+            f" {self.operand}"
+            if isinstance(self.operand, (Hadamard, Permutation, Kronecker, LowRank, Outliers))
+            else ""
+        )
         if isinstance(self.operand, Stub):
             shown = f" {self.operand}"
         if isinstance(self.operand, Quantize):
@@ -74,13 +82,11 @@ class Edit:
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The unknowns in it."""
-        if isinstance(self.operand, Kronecker):
+        if isinstance(self.operand, (Kronecker, LowRank, Outliers)):
             return self.operand.slots
-        if isinstance(self.operand, LowRank):
-            return self.operand.first, self.operand.second
         return (
             (self.operand.slot,)
-            if isinstance(self.operand, (Vector, Divisor, Weight, Quantize, Stub))
+            if isinstance(self.operand, (Vector, Permutation, Divisor, Weight, Quantize, Stub))
             else ()
         )
 
@@ -129,7 +135,8 @@ Tensors = dict[str, Tensor]
 Values = Mapping[Slot, Tensor]
 
 
-def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+def vector_of(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+    """The scale or shift [channels of the site] of an edit that has one, from the state before."""
     operand = edit.operand
     if isinstance(operand, Vector):
         return operand.value(values, dtype)
@@ -155,7 +162,7 @@ def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 def _scale_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     if leaf.norm is not None:
         tensors["weight"] = (tensors["weight"] + leaf.norm.offset) * scale - leaf.norm.offset
     else:
@@ -166,28 +173,39 @@ def _scale_out(
 
 
 def _scale_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: w * scale[:, None]).T
 
 
 def _shift_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     tensors["bias"] = tensors.get("bias", torch.zeros_like(shift)) - shift
 
 
 def _shift_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     weight = tensors["weight"]
     tensors["bias"] = tensors.get("bias", weight.new_zeros(weight.shape[0])) + weight @ shift
+
+
+def _rotation(edit: Edit, values: Values) -> Hadamard | Ordered:
+    if isinstance(edit.operand, Permutation):
+        found = edit.operand.of(values)
+        if not torch.equal(found.order.sort().values, torch.arange(len(found.order))):
+            raise Failed(
+                f"{edit}: {edit.operand.slot.name} does not hold every channel once, so it is no order"
+            )
+        return found
+    assert isinstance(edit.operand, Hadamard)
+    return edit.operand
 
 
 def _rotate_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    assert isinstance(edit.operand, Hadamard)
-    rotation, rows = edit.operand, _index(edit.site)
+    rotation, rows = _rotation(edit, values), _index(edit.site)
     if leaf.norm is not None:  # with unit gain it lets the rotation through and adds its bias behind it
         tensors["bias"] = rotation.times(tensors["bias"])
         return
@@ -202,8 +220,7 @@ def _rotate_out(
 def _rotate_in(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    assert isinstance(edit.operand, Hadamard)
-    rotation = edit.operand
+    rotation = _rotation(edit, values)
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: rotation.times(w.T).T).T
 
 
@@ -232,10 +249,18 @@ def _divide(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, 
 
 
 def _branch(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    operand = edit.operand
+    operand, weight = edit.operand, tensors["weight"]
+    if isinstance(operand, Outliers):
+        index = values[operand.index]
+        used = index[index >= 0].long()
+        columns = weight.new_zeros(len(weight), len(index))
+        columns[:, : len(used)] = weight[:, used]
+        tensors["weight"] = weight.index_fill(1, used, 0)
+        tensors |= dict(zip(CHANNELS, (index, columns), strict=True))
+        return
     assert isinstance(operand, LowRank)
     first, second = (values[slot].to(operand.dtype).to(dtype) for slot in (operand.first, operand.second))
-    tensors["weight"] = tensors["weight"] - second @ first
+    tensors["weight"] = weight - second @ first
     tensors |= dict(zip(FACTORS, (first, second), strict=True))
 
 

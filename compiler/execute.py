@@ -218,8 +218,11 @@ def execute(
 
 def _choices(nodes: list[fx.Node]) -> dict[fx.Node, int]:
     """The values that say which rows go to which expert, with the number of experts."""
-    combined = [node for node in nodes if node.target is COMBINED]
-    return {node.args[0]: len(node.args[2]) for node in combined}  # type: ignore[misc, arg-type]
+    return {
+        node: len(user.args[2])  # type: ignore[arg-type]
+        for node in nodes for user in node.users
+        if user.target is COMBINED and user.args[0] is node
+    }  # fmt: skip
 
 
 def in_turn(name: str, index: Tensor, experts: int) -> Tensor:

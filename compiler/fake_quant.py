@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runtime.kronecker import blocks
-from ..runtime.quantize import dequantize, fake_quant_per_token, quantize
+from ..runtime.quantize import dequantize, fake_quant_per_tensor, fake_quant_per_token, quantize
 from ..runtime.quantized import QuantizedLinear
 from .scheme import LinearScheme
 from .view import LinearHook
@@ -19,6 +19,8 @@ def fake_act(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
     """An activation [..., in] on the grid that the scheme gives it; its dtype is kept."""
     if scheme.act is None:
         return x
+    if scheme.scope == "dynamic-tensor":
+        return fake_quant_per_tensor(x, scheme.act.bits)
     if not scheme.static:  # a mix too: what is measured and trained on is prefill
         ranks = 1 if q.left is None or q.right is None else blocks(x.shape[-1], q.left, q.right)
         return fake_quant_per_token(x.unflatten(-1, (ranks, -1)), scheme.act.bits, q.clip).flatten(-2)

@@ -10,10 +10,11 @@ from torch import fx
 from ..runtime.attention_grid import GRIDS
 from ..runtime.divided import LEAF, divided
 from ..runtime.kronecker import rotate
-from ..runtime.low_rank import FACTORS, low_rank
+from ..runtime.low_rank import low_rank
+from ..runtime.outlier_channels import outlier_channels, without
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Divisor, Hadamard, Kronecker, LowRank, Quantize, Stub, Weight
+from .operand import Branch, Divisor, Hadamard, Kronecker, LowRank, Outliers, Quantize, Stub, Weight
 from .program import Program
 
 
@@ -63,15 +64,16 @@ def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewri
         assert isinstance(operand, Divisor)
         _insert_division(program, node, operand)
     elif verb is Verb.BRANCH:
-        assert isinstance(operand, LowRank)
+        assert isinstance(operand, LowRank | Outliers)
         _insert_branch(program, node, operand)
+        node.meta["branch_from"] = rewrite.pass_name
     elif verb is Verb.SET_WEIGHT:
         assert isinstance(operand, Weight)
         node.meta["stored_as"] = operand.type
         node.meta["note"] = operand.type
     elif verb is Verb.SWAP:
         assert isinstance(operand, Quantize)
-        node.meta["scheme"] = operand.scheme
+        node.meta["scheme"], node.meta["swapped_by"] = operand.scheme, rewrite.pass_name
         node.meta["note"] = str(operand.scheme)
 
 
@@ -123,16 +125,23 @@ def _insert_division(program: Program, node: fx.Node, divisor: Divisor) -> None:
     node.meta["divided"] = True
 
 
-def _insert_branch(program: Program, node: fx.Node, branch: LowRank) -> None:
-    """``linear(x)`` becomes ``linear(x) + low_rank(x, l1, l2)``."""
+def _insert_branch(program: Program, node: fx.Node, branch: Branch) -> None:
+    """``linear(x)`` becomes ``linear(x) + beside(x, ...)``; a branch that takes channels leaves zeros in x."""
     source, part, value = node.args[0], node.meta["part"], node.meta["val"]
     assert isinstance(source, fx.Node)
+    width, given = int(source.meta["val"].shape[-1]), value.dtype
+    stored = branch.beside.tensors(width, int(value.shape[-1]), given)
     with program.graph.inserting_before(node):
-        held = [program.graph.create_node("get_attr", f"{node.target}.{leaf}") for leaf in FACTORS]
-    for one, slot in zip(held, (branch.first, branch.second), strict=True):
-        one.meta = {"part": part, "val": value.new_empty(slot.shape)}
+        held = {leaf: program.graph.create_node("get_attr", f"{node.target}.{leaf}") for leaf in stored}
+        for leaf, (dtype, shape) in stored.items():
+            held[leaf].meta = {"part": part, "val": value.new_empty(shape, dtype=dtype)}
+        if isinstance(branch, Outliers):
+            rest = program.graph.call_function(without, (source, next(iter(held.values()))))
+            rest.meta = {"part": part, "val": source.meta["val"], "note": "without outliers"}
+            node.replace_input_with(source, rest)
+    compute = outlier_channels if isinstance(branch, Outliers) else low_rank
     with program.graph.inserting_after(node):
-        beside = program.graph.call_function(low_rank, (source, *held))
+        beside = program.graph.call_function(compute, (source, *held.values()))
     with program.graph.inserting_after(beside):
         total = program.graph.call_function(torch.ops.aten.add.Tensor, (node, beside))
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)

@@ -56,7 +56,7 @@ class Journal:
 
     def learned(self, name: str, where: str, measures: Mapping[str, float]) -> None:
         """What a pass concluded from the whole float model, before anything was solved."""
-        self.entries.append({"survey": name, "where": where, **Told(measures).numbers()})
+        self.entries.append({"survey": name, "where": where, "measures": {}, **Told(measures).numbers()})
 
     def changed(self, part: str, rewrite: Rewrite, edits: Sequence[object], told: Told) -> None:
         """A LOSSY rewrite of one part, with what its pass told of it; its errors follow in ``measured``."""

@@ -21,9 +21,8 @@ from transformers.core_model_loading import (
 )
 
 from ..runtime.divided import INNER, LEAF, DividedLinear
-from ..runtime.formats import FORMATS
+from ..runtime.formats import BESIDE, FORMATS, type_of
 from ..runtime.linear import ROTATIONS, IntegerLinear
-from ..runtime.low_rank import FACTORS, SUFFIX
 from ..runtime.norm import RMSNormBias
 from ..runtime.w4a8 import SHARES, W4A8Dynamic
 from .capture_attention import NAME
@@ -242,11 +241,12 @@ def format_on_meta(
     Raises:
         Refused: There is no such type, or the shapes are not those of one.
     """
-    branched, kind = kind.endswith(SUFFIX), kind.removesuffix(SUFFIX)
-    format = FORMATS.get(kind)
-    if format is None or (branched and (format.packed or format.rotated)):
-        kind += SUFFIX * branched
-        raise Refused(f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}")
+    format, beside = type_of(kind)
+    if format is None or (beside and (format.packed or format.rotated)):
+        raise Refused(
+            f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}, some with"
+            f" {', '.join(BESIDE)} behind"
+        )
     weight = entries[f"{prefix}.weight"]
     if len(weight.shape) != 2:
         raise Refused(f"{where} has an integer weight of {len(weight.shape)} axes, a linear has 2")
@@ -268,9 +268,12 @@ def format_on_meta(
         if all(factor is not None for factor in factors):
             sizes = [factor.shape[0] for factor in factors if factor is not None]
             options["rotation"] = (turn, sizes[0], sizes[1] if len(sizes) > 1 else in_features // sizes[0])
-    if branched:
-        first = entries.get(f"{prefix}.{FACTORS[0]}")
-        options["rank"] = first.shape[0] if first is not None else 1
+    if beside is not None:
+        there = {leaf: entries.get(f"{prefix}.{leaf}") for leaf in beside.leaves}
+        try:
+            options["beside"] = beside.of_shapes({n: e.shape for n, e in there.items() if e is not None})
+        except ValueError as error:
+            raise Refused(f"{where} is {kind}, but {error}") from error
     scale = entries.get(f"{prefix}.weight_scale")
     groups = scale.shape[-1] if scale is not None and scale.shape else 1
     try:

@@ -202,7 +202,7 @@ class _Sizes:
         stored = sum(source.dtype(name).itemsize * count for name, count in weights.items())
         cast = 0 if run.itemsize == FLOAT32 else run.itemsize * sum(weights.values())
         linears = self.linears(part)
-        size = BlockSize(linears, self.run.microbatch, run.itemsize, self.hidden)
+        size = BlockSize(linears, self.run.microbatch, run.itemsize, self.hidden, self.tokens)
         edited = [
             self.count(s.name)
             for s in linears

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.hadamard import hadamard, has_hadamard, random_hadamard, random_orthogonal
+from ..runtime.low_rank import LowRankBranch
+from ..runtime.outlier_channels import OutlierChannels
 from .scheme import LinearScheme
 
 
@@ -173,6 +175,34 @@ def signs_of(order: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Permutation:
+    """Another order of the channels, as a rotation: channel i becomes channel ``slot[i]`` of those there were.
+
+    ``slot`` is filled with whole numbers [channels], each of 0 .. channels - 1 once.
+    """
+
+    slot: Slot
+
+    def __str__(self) -> str:
+        return f"order of {self.slot.shape[0]}"
+
+    def of(self, values: Mapping[Slot, Tensor]) -> Ordered:
+        """The permutation that was found."""
+        return Ordered(values[self.slot].long())
+
+
+@dataclass(frozen=True, eq=False)
+class Ordered:
+    """A permutation P with the products that a rotation has."""
+
+    order: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ P`` for x of shape [..., channels]."""
+        return x[..., self.order]
+
+
+@dataclass(frozen=True)
 class Kronecker:
     """An online rotation: x[a, b] -> leftᵀ x right, on ``copies`` equal stretches of the channels.
 
@@ -269,12 +299,43 @@ class LowRank:
     dtype: torch.dtype
 
     @property
-    def rank(self) -> int:
-        """Directions that it keeps."""
-        return self.first.shape[0]
+    def beside(self) -> LowRankBranch:
+        """What it is when the model runs."""
+        return LowRankBranch(self.first.shape[0])
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """Both factors."""
+        return self.first, self.second
 
     def __str__(self) -> str:
-        return f"rank {self.rank}"
+        return f"rank {self.beside.rank}"
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Input channels of a linear that are computed in float: ``index`` int [places], -1 in places that are not used."""
+
+    index: Slot
+    dtype: torch.dtype
+    """Of the model: the weights of those channels are stored in it."""
+
+    @property
+    def beside(self) -> OutlierChannels:
+        """What it is when the model runs."""
+        return OutlierChannels(self.index.shape[0])
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The index."""
+        return (self.index,)
+
+    def __str__(self) -> str:
+        return f"up to {self.beside.places} channels"
+
+
+Branch = LowRank | Outliers
+"""What ``BRANCH`` puts beside a linear."""
 
 
 @dataclass(frozen=True)
@@ -294,5 +355,17 @@ class Weight:
 
 
 Operand = (
-    Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Divisor | Weight | Quantize | Stub | None
+    Vector
+    | Gain
+    | NormBias
+    | Hadamard
+    | Permutation
+    | Kronecker
+    | LowRank
+    | Outliers
+    | Divisor
+    | Weight
+    | Quantize
+    | Stub
+    | None
 )

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.divided import LEAF
+from ..runtime.outlier_channels import CHANNELS
 from ..runtime.quantized import QuantizedLinear
 from .certificate import Certificate, Edited, check, error, outcome, random_rows
 from .contract import Basis, Rewrite
+from .errors import NotEquivalent
 from .incremental import Values
 from .measured import Noise, Spreads
 from .operand import Slot
@@ -40,6 +42,19 @@ class Proved:
     """All its values with the rewrites so far, in the state of the step in work."""
     spreads: Spreads = field(default_factory=Spreads)
     """What its linears read and held before all rewrites."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a failed proof ran on: the tensors of the part before the rewrite, its values, and the rows that entered."""
+
+    part: Part
+    step: Step
+    rewrite: Rewrite
+    tensors: Mapping[str, Tensor]
+    values: Mapping[Slot, Any]
+    rows: Mapping[str, Any]
+    math: float
 
 
 class Prover:
@@ -104,7 +119,7 @@ class Prover:
         where, again = f"{rewrite.pass_name} at {rewrite.where} ({part.name})", f"--passes up to {step.what}"
         if rewrite.basis is not None:  # every value of the part is another one
             math = error(proved.current, outcome(program, part, exact, self.env, bases), self.env)
-            check(where, math, again)
+            self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
             stored = error(proved.current, outcome(program, part, cast, self.env, bases), self.env)
             proved.current, proved.values = outcome(program, part, kept, self.env, bases), None
             return Certificate(math, stored, self.ids.numel())
@@ -112,11 +127,19 @@ class Prover:
             proved.values = Values(program, part, Edited(program, base, (), {}), self.env, bases)
         now = proved.values
         math = error(proved.current, now.results(now.changed(rewrite.modules, exact)), self.env)
-        check(where, math, again)
+        self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
         stored = error(proved.current, now.results(now.changed(rewrite.modules, cast)), self.env)
         now.values |= now.changed(rewrite.modules, kept)
         proved.current = now.results()
         return Certificate(math, stored, self.ids.numel())
+
+    def _check(self, where: str, math: float, again: str, evidence: Evidence) -> None:
+        """Stop when an EXACT rewrite changed the function, with what the proof ran on."""
+        try:
+            check(where, math, again)
+        except NotEquivalent as failed:
+            failed.evidence = evidence
+            raise
 
     def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Error of a part with all its rewrites and its tensors cast to the dtype of export, against the original."""
@@ -150,14 +173,16 @@ class Prover:
 
 
 def neutral(program: Program, part: Part) -> dict[str, Tensor]:
-    """Tensors of inserted ops that change nothing until their edit comes: identity rotations, unit scales, zeros."""
+    """Tensors of inserted ops that change nothing until their edit comes: identities, unit scales, no index, zeros."""
     found: dict[str, Tensor] = {}
     for node in program.nodes(part):
         if node.op == "get_attr" and node.target not in program.constants:
             size = tuple(int(n) for n in node.meta["val"].shape)
-            square = str(node.target).endswith("_trans")
-            factor = str(node.target).endswith(LEAF)
-            found[str(node.target)] = (
-                torch.eye(size[0]) if square else torch.ones(size) if factor else torch.zeros(size)
-            )
+            name = str(node.target)
+            if name.endswith("_trans"):
+                found[name] = torch.eye(size[0])
+            elif name.endswith(CHANNELS[0]):
+                found[name] = torch.full(size, -1)
+            else:
+                found[name] = torch.ones(size) if name.endswith(LEAF) else torch.zeros(size)
     return found

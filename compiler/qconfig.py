@@ -14,6 +14,7 @@ DTYPES = {"int8": 8, "int4": 4}
 KNOWN_DTYPES = ("float", "int8", "int4", "mxfp8", "mxfp4", "fp8_e4m3")
 KNOWN_SCOPES = (
     "per_tensor", "per_channel", "per_group", "per_block", "per_token", "pd_mix", "per_head", "dual_scale",
+    "per_tensor_dynamic",
 )  # fmt: skip
 KNOWN_METHODS = (
     "minmax", "ssz", "gptq", "histogram", "autoround", "mse_round", "ceil_x", "fouroversix", "dualscale", "none",
@@ -37,11 +38,12 @@ PER: dict[tuple[str, str, bool], Granularity] = {
     ("act", "per_tensor", False): "tensor",
     ("act", "per_tensor", True): "tensor",
     ("act", "pd_mix", False): "mix",
+    ("act", "per_tensor_dynamic", True): "dynamic-tensor",
 }
 """Side, scope and symmetric of what is built."""
 THERE_ARE = {
     "weight": "per_channel and per_group, and per_tensor with symmetric true",
-    "act": "per_token with symmetric true, per_tensor, pd_mix with symmetric false",
+    "act": "per_token and per_tensor_dynamic with symmetric true, per_tensor, pd_mix with symmetric false",
 }
 
 
@@ -201,8 +203,8 @@ def format_of(entry: Entry, side: str, reading: Reading, methods: Methods) -> tu
         why = f"{kind} of the {side} is not supported yet: there are {THERE_ARE[side]}"
         reading.fault(found["scope"].line, why)
         return None, None
-    if side == "act" and method == "histogram" and per == "token":
-        why = "method histogram belongs to per_tensor and pd_mix: a range per token is found while the model runs"
+    if side == "act" and method == "histogram" and per in ("token", "dynamic-tensor"):
+        why = "method histogram belongs to per_tensor and pd_mix: this range is found while the model runs"
         reading.fault(found["method"].line, why)
     group = _ext(found["ext"], side, per, method, reading) if "ext" in found else None
     if per == "group" and group is None and method == "gptq":

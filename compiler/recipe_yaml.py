@@ -15,6 +15,7 @@ from .scheme import Int, LinearScheme, Rule
 
 SCOPES: Mapping[str, str] = {
     "channel": "per_channel", "group": "per_group", "token": "per_token", "tensor": "per_tensor", "mix": "pd_mix",
+    "dynamic-tensor": "per_tensor_dynamic",
 }  # fmt: skip
 ALIASES = {"autoround": "autoround_quant"}
 """Names that the reference tool knows."""

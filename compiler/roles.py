@@ -10,6 +10,7 @@ from . import registry
 from .experts import COMBINED, ROUTED
 from .flow import feeding
 from .laws import shape
+from .operand import Outliers
 from .program import Program
 
 
@@ -101,7 +102,7 @@ def routers(program: Program) -> frozenset[str]:
 def read_together(program: Program) -> Mapping[str, tuple[str, ...]]:
     """For each linear, the linears that read the same value, itself included, in graph order.
 
-    Behind an online rotation too, where it is the same one.
+    Behind an online rotation too, and without outlier channels, where those are the same.
     """
     if "together" in program.memory:
         return program.memory["together"]
@@ -113,6 +114,9 @@ def read_together(program: Program) -> Mapping[str, tuple[str, ...]]:
             if "rotated" in node.meta:
                 assert isinstance(value, fx.Node)
                 value = (value.args[0], node.meta["rotated"])
+            elif isinstance(node.meta.get("branch"), Outliers):
+                assert isinstance(value, fx.Node)
+                value = (value.args[0], node.meta["branch"])
             readers.setdefault(value, []).append(str(node.target))
     program.memory["together"] = {name: tuple(group) for group in readers.values() for name in group}
     return program.memory["together"]

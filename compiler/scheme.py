@@ -11,7 +11,7 @@ from wcmatch._wcparse import PatternLimitException
 
 from .errors import Refused
 
-Granularity = Literal["tensor", "channel", "token", "group", "mix"]
+Granularity = Literal["tensor", "channel", "token", "group", "mix", "dynamic-tensor"]
 GLOB_FLAGS = fnmatch.BRACE | fnmatch.CASE
 BRACE_LIMIT = 10_000
 """Most alternatives that one glob may expand to."""
@@ -21,7 +21,8 @@ BRACE_LIMIT = 10_000
 class Int:
     """A signed integer format; an asymmetric one carries an offset per scale.
 
-    ``per="mix"`` is an activation that a server quantizes per token in prefill and per tensor in decode.
+    ``per="mix"`` is an activation that a server quantizes per token in prefill and per tensor in decode,
+    ``per="dynamic-tensor"`` one whose scale all tokens of a call share, found while the model runs.
     """
 
     bits: int
@@ -45,7 +46,7 @@ class Int:
         return f"int{self.bits}/{per}" + ("" if self.symmetric else "/asym")
 
 
-SPELLED = {"tensor": "-static", "mix": "-mix"}
+SPELLED = {"tensor": "-static", "mix": "-mix", "dynamic-tensor": "-dynamic-tensor"}
 """Scopes of activations other than the token."""
 
 
@@ -55,6 +56,8 @@ class LinearScheme:
 
     weight: Int | None = None
     act: Int | None = None
+    outliers: float = 0.0
+    """Share of the weights that stay in float, one by one, beside the integers."""
 
     @property
     def quantized(self) -> bool:
@@ -95,6 +98,7 @@ class LinearScheme:
         group = f" g{self.weight.group}" if self.weight and self.weight.group else ""
         one = " weights per tensor" if self.weight and self.weight.per == "tensor" else ""
         one += "" if self.weight is None or self.weight.symmetric else " asymmetric"
+        one += f" + {self.outliers:.2%} outliers" if self.outliers else ""
         return weight + act + SPELLED.get(self.scope or "", "").replace("-", " ") + group + one
 
 
@@ -102,6 +106,7 @@ FLOAT = LinearScheme()
 W8A8 = LinearScheme(Int(8, "channel"), Int(8, "token"))
 W8A8_STATIC = LinearScheme(Int(8, "channel"), Int(8, "tensor", symmetric=False))
 W8A8_STATIC_SYMMETRIC = LinearScheme(Int(8, "channel"), Int(8, "tensor"))
+W8A8_DYNAMIC_TENSOR = LinearScheme(Int(8, "channel"), Int(8, "dynamic-tensor"))
 W8A8_MIX = LinearScheme(Int(8, "channel"), Int(8, "mix", symmetric=False))
 W8A16 = LinearScheme(Int(8, "channel"))
 W4A16 = LinearScheme(Int(4, "channel"))
@@ -175,6 +180,7 @@ AUTO = Scheme("auto", (Rule(role="expert", scheme=W8A8), Rule(role="gated", sche
 ALL_W8A8 = Scheme("w8a8", (Rule(scheme=W8A8),))
 ALL_W8A8_STATIC = Scheme("w8a8-static", (Rule(scheme=W8A8_STATIC),))
 ALL_W8A8_STATIC_SYMMETRIC = Scheme("w8a8-static-symmetric", (Rule(scheme=W8A8_STATIC_SYMMETRIC),))
+ALL_W8A8_DYNAMIC_TENSOR = Scheme("w8a8-dynamic-tensor", (Rule(scheme=W8A8_DYNAMIC_TENSOR),))
 ALL_W8A8_MIX = Scheme("w8a8-mix", (Rule(scheme=W8A8_MIX),))
 ALL_W8A16 = Scheme("w8a16", (Rule(scheme=W8A16),))
 ALL_W4A16 = Scheme("w4a16", (Rule(scheme=W4A16),))

@@ -23,7 +23,15 @@ from .journal import Journal, Told
 from .laws import shape
 from .observe import Observers, RowCounts
 from .operand import Quantize, Slot, Statistic, Stub
-from .part_work import cast, check_values, main_value, own_names, restricted
+from .part_work import (
+    cast,
+    check_values,
+    main_value,
+    online_linears,
+    own_names,
+    planned_linears,
+    restricted,
+)
 from .plan import Plan, Step
 from .program import Part
 from .proof import Prover
@@ -34,6 +42,7 @@ from .scheme import LinearScheme
 from .streams import Stream, needed_after, prologue
 from .survey import survey
 from .view import BlockView
+from .walk import walk_over
 
 MICROBATCH = 1024
 """Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
@@ -79,16 +88,7 @@ class Solver:
         self.prover = Prover(plan, ids)
         self.quantizes_inputs = any(step.what.propagates_quantized for step in plan.steps)
         self.held = {name: tensor.dtype for name, tensor in plan.program.root.state_dict().items()}
-        self.planned = {
-            edit.site.module: edit.operand
-            for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits
-            if isinstance(edit.operand, Quantize)
-        }  # fmt: skip
-        self.online = {
-            str(node.target): node.meta["rotated"].layout
-            for node in plan.final.graph.nodes
-            if "rotated" in node.meta and node.meta["rotated"].layout != "flatquant"
-        }
+        self.planned, self.online = planned_linears(plan), online_linears(plan)
         self.float_stream: Stream | None = None
         self.quantized_stream: Stream | None = None
 
@@ -291,6 +291,10 @@ class _PartSolver:
 
         return route
 
+    def _routed(self, index: int) -> Route:
+        """Rows of a microbatch go where the float model sent them."""
+        return lambda node, own, experts: self.routes[index, node]
+
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
         if self.outputs is None:
@@ -299,15 +303,15 @@ class _PartSolver:
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
         assert outputs is not None
-        hidden = main_value(outputs[0], self.plan)
-        tensors = cast(self.tensors, solver.compute)
+        hidden, tensors = main_value(outputs[0], self.plan), cast(self.tensors, solver.compute)
         for name in self.schemes_of(step):
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
-            route = lambda node, own, experts: self.routes[index, node]  # noqa: E731
+            route = self._routed(index)
             return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
+        view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
         view.batches = len(stream.batches)
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]
@@ -338,7 +342,8 @@ class _PartSolver:
                 rows.edit(edits, values, before)
                 continue
             new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
-            self.tensors.update({f"{module}.{local}": tensor.float() for local, tensor in new.items()})
+            new = {local: t.float() if t.is_floating_point() else t for local, t in new.items()}
+            self.tensors.update({f"{module}.{local}": tensor for local, tensor in new.items()})
 
     def _calibrate(self, module: str, stub: Stub, found: Tensor) -> None:
         """Keep scale and offset of a stub, in the dtypes in which they are stored."""

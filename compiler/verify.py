@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..runtime.linear import ROTATIONS, IntegerLinear
-from ..runtime.low_rank import FACTORS, SUFFIX
 from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
 from .errors import Refused
@@ -187,8 +186,8 @@ def _modules(
         owner = owned.get(name)
         if owner is None and kind in (*GRIDS, *FLOATS):
             continue
-        beside = owner is None or name.rpartition(".")[2] in ("bias", *FACTORS)
-        want = FLOAT if beside else modules[owner].type + (SUFFIX if modules[owner].rank else "")
+        floats = ("bias", *(modules[owner].float_tensors() if owner is not None else ()))
+        want = FLOAT if owner is None or name.rpartition(".")[2] in floats else modules[owner].stored_type
         if kind not in (want, FLOAT if name.endswith(".bias") else want):
             wrong.append(f"{name} has the type {kind}, its linear is {want}")
     for prefix, module in modules.items():
@@ -222,9 +221,12 @@ def _values(
             if description.get(name) in GRIDS:
                 reason = _positive(tensor) if leaf.endswith("scale") else _finite(tensor)
             else:
-                ask = VALUES.get(leaf) if prefix in modules else None
+                module = modules.get(prefix)
+                ask = VALUES.get(leaf) if module is not None else None
                 ask = _invertible if ask is _rotation and learned else ask
-                reason = ask(tensor, modules[prefix]) if ask else _finite(tensor)
+                reason = ask(tensor, module) if ask and module is not None else _finite(tensor)
+                if module is not None and module.beside is not None:
+                    reason = reason or module.beside.wrong(leaf, tensor, module.in_features)
             if reason:
                 wrong.append(f"{name}: {reason}")
             if isinstance(modules.get(prefix), W4A8Dynamic):
@@ -283,8 +285,8 @@ def _positive(tensor: Tensor, module: IntegerLinear | None = None) -> str:
     return f"{bad} of {tensor.numel()} scales are not positive numbers" if bad else ""
 
 
-def _zero(tensor: Tensor, module: IntegerLinear) -> str:
-    if module.act_bits is None:  # the op adds what is stored
+def _offset(tensor: Tensor, module: IntegerLinear) -> str:
+    if module.offsets:  # what is stored is added
         return "" if torch.equal(tensor, tensor.round()) else "offsets of weights are whole numbers"
     return "" if not tensor.any() else "weights are symmetric, their offsets are zero"
 
@@ -311,7 +313,7 @@ def _ratio(tensor: Tensor, module: IntegerLinear) -> str:
 
 
 VALUES: Mapping[str, Callable[[Tensor, IntegerLinear], str]] = {
-    "weight": _integers, "weight_scale": _positive, "weight_offset": _zero, "input_scale": _positive,
+    "weight": _integers, "weight_scale": _positive, "weight_offset": _offset, "input_scale": _positive,
     "deq_scale": _positive, "heads_rotation": _rotation, "kronecker_rotation_m": _rotation,
     "kronecker_rotation_n": _rotation, "left_trans": _rotation, "right_trans": _rotation, "clip_ratio": _ratio,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from ..runtime.quantized import QuantizedLinear
 from .operand import Quantize, Statistic
 from .scheme import LinearScheme
+
+if TYPE_CHECKING:
+    from .walk import Walk
 
 LinearHook = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
 """``hook(name, x [..., in], weight [out, in], bias [out] or None) -> y [..., out]`` in the place of a linear."""
@@ -42,6 +46,8 @@ class BlockView:
     """Number of microbatches for ``forward`` and ``target``."""
     forward: Callable[[LinearHook, int], Tensor] | None = None
     """Run the block on microbatch i of its training inputs, with every linear replaced by the hook."""
+    walk: Callable[[], Walk] | None = None
+    """A new walk over the block on its training inputs, for what linears read one after another."""
     target: Callable[[int], Tensor] | None = None
     """What the float block computes for microbatch i, [batch, seq, hidden]."""
     report: Callable[[str], None] = lambda text: None

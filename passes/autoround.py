@@ -103,7 +103,7 @@ class AutoRound(Pass):
         trained = self.training.moves
         step = 32 * sum(sizes) + backward if trained else 0
         held = (16 if trained else 12) * sum(sizes) + 4 * sum(hessians)
-        return dense + max(backward, held + max(start, step))
+        return dense + max(backward, held + max(start + block.walked, step))
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""

@@ -15,12 +15,15 @@ from ..compiler.fake_quant import fake_act
 from ..compiler.operand import Quantize
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
+from ..compiler.walk import Walk
+from ..runtime.outlier_weights import OutlierWeights, to_csr
 from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
 from .act_range import static_range
-from .column_rounding import gptq
+from .column_rounding import gptq, inverse_diagonal
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
+from .outlier_search import outlier_mask
 from .sign_sgd import Rounding, preconditioner, train
 from .weight_scale import weight_grid
 
@@ -32,10 +35,6 @@ NOT_FINITE = (
 )
 HELD_OUT = 8
 """One microbatch in so many is kept for choosing among states."""
-
-
-class Reached(Exception):
-    """The linears of interest have been seen: the rest of the block need not run."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,9 @@ class BlockRounding:
         self.done: dict[str, QuantizedLinear] = dict(view.quantized)
         self.weights: dict[str, Tensor] = {n: q.dense for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
+        self.walk: Walk | None = None
+        self.ahead: list[str] = []
+        """Linears whose integers are searched for, in the order of the dataflow."""
         self.trains = self.training = False
         self.quantized_act = True
 
@@ -85,8 +87,12 @@ class BlockRounding:
         learned = {name for name in self.swaps if self.learned(name)}
         weighted = learned and self.begin.weighted
         importance = token_importance(self.view, learned, self.where) if weighted else []
-        for group in self.groups():
+        self.walk = self.view.walk() if learned and self.view.walk is not None else None
+        groups = self.groups()
+        self.ahead = [name for group in groups for name in group if name in learned]
+        for group in groups:
             self.start(group, importance)
+        self.walk = None
         if self.roundings and training is not None:
             self.train(training)
         return {name: self.done[name] for name in self.swaps}
@@ -165,20 +171,11 @@ class BlockRounding:
     @torch.no_grad()
     def each_input(self, name: str, batches: range, take: Callable[[int, Tensor], None]) -> None:
         """Hand ``take`` the input [rows, in] of a linear, microbatch by microbatch, all before it quantized."""
-        assert self.view.forward is not None
+        assert self.walk is not None
+        last = self.view.together(name) == self.view.together(self.ahead[-1])
         for index in batches:
-
-            def hook(at: str, x: Tensor, weight: Tensor, bias: Tensor | None, index: int = index) -> Tensor:
-                if at != name:
-                    return self.run(at, x, weight, bias)
-                take(index, x.reshape(-1, x.shape[-1]))
-                raise Reached
-
-            try:
-                self.view.forward(hook, index)
-            except Reached:
-                continue
-            raise AssertionError(f"{name} was not run")
+            x = self.walk.input(name, index, self.run, last=last)
+            take(index, x.reshape(-1, x.shape[-1]))
 
     def alike(self, names: list[str]) -> list[list[str]]:
         """Linears whose weights get integers of one kind, and share no scale: they are searched as one."""
@@ -194,12 +191,16 @@ class BlockRounding:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
-        weight = torch.cat([self.view.weight(name) for name in names])
-        scale, offset = weight_grid(weight, bits, held, "clip", hessian.diagonal())
+        weight, outliers = torch.cat([self.view.weight(name) for name in names]), None
         try:
+            if self.scheme(names[0]).outliers:
+                outliers = torch.cat([self.outliers(name, hessian, held) for name in names])
+            kept = weight if outliers is None else weight.masked_fill(outliers, 0.0)
+            scale, offset = weight_grid(kept, bits, held, "clip", hessian.diagonal())
             integers, compensated = gptq(
-                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order, offset
-            )
+                weight, scale, hessian, bits.bits, self.begin.damping, self.begin.act_order, offset,
+                outliers, self.view.export_dtype,
+            )  # fmt: skip
         except ValueError as error:
             raise Failed(
                 f"{names[0]} in {self.where}: {error}. Look at its inputs on the calibration text, exclude it, or"
@@ -214,10 +215,22 @@ class BlockRounding:
         for name, integer, target, step, zero in zip(names, *pieces, strict=True):
             zero = zero if zero.numel() else None
             self.done[name] = replace(self.done[name], weight=integer, scale=step, offset=zero)
+            if outliers is not None:
+                mask, outliers = outliers[: len(integer)], outliers[len(integer) :]
+                single = to_csr(mask, target.to(self.view.export_dtype))
+                self.done[name] = replace(self.done[name], beside={**self.done[name].beside, **single})
             if steps is not None:
                 self.roundings[name] = Rounding(
                     target, step, bits.bits, held, steps, bits.per == "tensor", zero
                 )
+
+    def outliers(self, name: str, hessian: Tensor, held: torch.dtype) -> Tensor:
+        """Mask [out, in] of the single weights of a linear that its scheme keeps in float."""
+        weight, scheme = self.view.weight(name), self.scheme(name)
+        assert scheme.weight is not None
+        count = OutlierWeights.of_share(scheme.outliers, weight.numel()).count
+        sensitivity = 1 / inverse_diagonal(hessian, self.begin.damping)
+        return outlier_mask(weight, scheme.weight, held, sensitivity, count)
 
     def act(self, name: str, x: Tensor) -> Tensor:
         """The input of a quantized linear on its grid; the gradient passes straight through."""
@@ -226,8 +239,8 @@ class BlockRounding:
             return x
         with torch.no_grad():
             clean = x.detach()
-            change = fake_act(clean, scheme, self.done[name]) - clean
-        return x + change
+            gridded = fake_act(clean, scheme, self.done[name])
+        return x + (gridded - clean) if x.requires_grad else gridded
 
     def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear in its present state: trained, started, or still float."""

@@ -24,6 +24,8 @@ def gptq(
     damping: float = 0.01,
     act_order: bool = True,
     offset: Tensor | None = None,
+    outliers: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Integers [out, in] (float32) that minimise ``|| (W - s q) X ||``, and the compensated weight that they round.
 
@@ -37,6 +39,9 @@ def gptq(
         bits: Of the integers.
         damping: Added to the diagonal, as a share of its mean.
         offset: Of the shape of ``scale``: a weight is about (q - offset) * scale; None is zero.
+        outliers: Mask [out, in] of weights that stay float: their integers stand for zero, their errors are those of
+            ``dtype``, and the compensated weight holds them.
+        dtype: In which those are stored.
         act_order: Take columns in the order of falling ``diag(H)``, else as they stand.
 
     Raises:
@@ -56,6 +61,7 @@ def gptq(
     offsets = None
     if offset is not None:
         offsets = offset.repeat_interleave(width // offset.shape[1], dim=1).T[order].contiguous()
+    masks = None if outliers is None else outliers.T[order].contiguous()
     upper = inverse_factor(hessian[order][:, order].double(), damping).float()
     integers = torch.empty_like(columns)
     for start in range(0, width, BLOCK):
@@ -65,8 +71,12 @@ def gptq(
             column, step = columns[start + j], scales[start + j]
             zero = 0.0 if offsets is None else offsets[start + j]
             integer = (column / step + zero).round_().clamp_(-high - 1, high)
+            value = (integer - zero) * step
+            if masks is not None:
+                integer = torch.where(masks[start + j], zero, integer)
+                value = torch.where(masks[start + j], column.to(dtype).float(), value)
             integers[start + j] = integer
-            errors[j] = (column - (integer - zero) * step) / local[j, j]
+            errors[j] = (column - value) / local[j, j]
             columns[start + j + 1 : stop].addr_(local[j, j + 1 :], errors[j], alpha=-1)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return integers[back].T.contiguous(), columns[back].T.contiguous()
@@ -88,3 +98,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
                 return upper
         damping *= 10
     raise ValueError("the Hessian of its inputs can not be factored, with however much damping")
+
+
+def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
+    """The diagonal of ``(H + λ I)⁻¹`` [n], float32, with the damping of ``inverse_factor``.
+
+    ValueError for a Hessian that is not finite, or has no factors.
+    """
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("its inputs are not finite, or too large for their squares")
+    return inverse_factor(hessian.double(), damping).square().sum(0).float()

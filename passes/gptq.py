@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..compiler.contract import LOSSY, Answer, BlockSize, Fact, Pass, Rewrite, Setting
+from ..compiler.operand import Quantize
 from ..compiler.program import Program
 from ..compiler.scheme import Rule
 from ..compiler.view import BlockView
@@ -88,7 +89,7 @@ class Gptq(Pass):
         channels = sum(one.width + one.out for one in block.linears) + block.activations
         backward = block.tokens * block.itemsize * channels if self.weighted else 0
         search = 44 * max(one.width**2 for one in mine) + 24 * max(one.out * one.width for one in mine)
-        return 5 * sum(one.out * one.width for one in mine) + max(backward, search)
+        return 5 * sum(one.out * one.width for one in mine) + max(backward, search + block.walked)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""
@@ -96,9 +97,14 @@ class Gptq(Pass):
 
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per block, over all its linears that are to be quantized."""
+        chosen, problems = self.chosen(program, setting)
+        return Answer(block_swaps(self.name, program, chosen), (), problems)
+
+    def chosen(self, program: Program, setting: Setting) -> tuple[dict[str, Quantize], tuple[str, ...]]:
+        """The linears that are to be quantized, and the problems."""
         setting, problems = setting_of(self.strategies, program, setting)
         chosen, more = swaps(program, setting, self.include, self.exclude, self.weight_methods[0])
-        return Answer(block_swaps(self.name, program, chosen), (), (*problems, *more))
+        return chosen, (*problems, *more)
 
     def solve(self, rewrite: Rewrite, view: BlockView) -> Mapping[Any, QuantizedLinear]:
         """Every linear in the order of the dataflow."""

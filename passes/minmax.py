@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..compiler.scheme import LinearScheme
 from ..compiler.view import BlockView
-from ..runtime.formats import format_of
-from ..runtime.low_rank import FACTORS
+from ..runtime.formats import BESIDE, format_of
 from ..runtime.quantize import quantize
 from ..runtime.quantized import QuantizedLinear
 from .weight_scale import weight_grid
@@ -26,14 +25,14 @@ def rounded_weight(
         weight=quantize(weight, scale, scheme.weight.bits, offset), scale=scale, offset=offset, bias=view.bias(name),
         input_scale=input_scale, input_offset=input_offset,
         left=view.tensors.get(f"{name}.left_trans"), right=view.tensors.get(f"{name}.right_trans"),
-        online=view.online.get(name), clip=clip_ratio(view, name), branch=branch_of(view, name),
+        online=view.online.get(name), clip=clip_ratio(view, name), beside=floats_beside(view, name),
     )  # fmt: skip
 
 
-def branch_of(view: BlockView, name: str) -> tuple[Tensor, Tensor] | None:
-    """The low-rank branch beside a linear, where it has one."""
-    first, second = (view.tensors.get(f"{name}.{leaf}") for leaf in FACTORS)
-    return None if first is None or second is None else (first, second)
+def floats_beside(view: BlockView, name: str) -> dict[str, Tensor]:
+    """The tensors of a branch beside a linear, by leaf; nothing where it has none."""
+    leaves = (leaf for kind in BESIDE.values() for leaf in kind.leaves)
+    return {leaf: view.tensors[f"{name}.{leaf}"] for leaf in leaves if f"{name}.{leaf}" in view.tensors}
 
 
 def clip_ratio(view: BlockView, name: str) -> float:

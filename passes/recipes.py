@@ -24,6 +24,10 @@ SMOOTHQUANT_O1 = Named(
     "SmoothQuant O1: one scale per weight tensor, one per token",
     "smooth_quant,linear_quant", "w8a8-pt", "vllm-ascend", "smoothquant-o1", 1.0726, 0.06772,
 )  # fmt: skip
+SMOOTHQUANT_O2 = Named(
+    "SmoothQuant O2: one scale per weight tensor, one per activation tensor, found while the model runs",
+    "smooth_quant,linear_quant", "w8a8-dynamic-tensor-pt", "modelslim", "smoothquant-o2", 1.7621, 0.57315,
+)  # fmt: skip
 SMOOTHQUANT_O3 = Named(
     "SmoothQuant O3: one scale per weight tensor, one fixed scale per activation",
     "smooth_quant,linear_quant", "w8a8-static-symmetric-pt", "vllm-ascend", "smoothquant-o3", 2.0882, 0.7525,
@@ -31,6 +35,10 @@ SMOOTHQUANT_O3 = Named(
 ZEROQUANT = Named(
     "ZeroQuant: weights in groups, one scale per token",
     "linear_quant", "w8a8-g64", "modelslim", "zeroquant", 1.0299, 0.0282,
+)  # fmt: skip
+LLM_INT8 = Named(
+    "LLM.int8(): outlier channels in float, the others in int8",
+    "outlier_channels,linear_quant", "w8a8", "modelslim", "llm-int8", 1.0189, 0.0163,
 )  # fmt: skip
 OUTLIER_SUPPRESSION = Named(
     "Outlier Suppression: gains moved into weights, fixed ranges that cut outliers",

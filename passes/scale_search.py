@@ -9,6 +9,8 @@ from ..runtime.quantize import qmax, round_scale, scale_for, scale_offset_for
 
 GRID = 40
 SMALLEST_RATIO = 0.35
+CHUNK = 1 << 16
+"""Weights that are searched at once: few enough to stay in the cache of a core."""
 
 
 @torch.no_grad()
@@ -31,14 +33,17 @@ def search_scale(
     absmax = rows.abs().amax(-1)
     weigh = 1.0 if importance is None else importance.float().view(1, -1, width)
     best = round_scale(scale_for(absmax, bits), dtype)
-    least = torch.full_like(absmax, torch.inf)
-    for step in range(GRID + 1):
-        ratio = 1 - (1 - SMALLEST_RATIO) * step / GRID
-        scale = round_scale(scale_for(absmax * ratio, bits), dtype)
-        rounded = (rows / scale[..., None]).round().clamp(-qmax(bits) - 1, qmax(bits)) * scale[..., None]
-        error = ((rounded - rows).square() * weigh).sum(-1)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, scale, best)
+    chunk = max(1, CHUNK // weight.shape[1])
+    for some, largest, found in zip(rows.split(chunk), absmax.split(chunk), best.split(chunk), strict=True):
+        least = torch.full_like(largest, torch.inf)
+        for step in range(GRID + 1):
+            ratio = 1 - (1 - SMALLEST_RATIO) * step / GRID
+            scale = round_scale(scale_for(largest * ratio, bits), dtype)
+            rounded = (some / scale[..., None]).round_().clamp_(-qmax(bits) - 1, qmax(bits))
+            error = rounded.mul_(scale[..., None]).sub_(some).square_().mul_(weigh).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            found.copy_(torch.where(better, scale, found))  # a view of best
     return best
 
 

@@ -19,6 +19,8 @@ from ..patterns.linear import linear
 from .flatquant import LATE
 from .sites import block_linears, width_in, width_out
 
+ONE = "a linear has one branch"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SvdRes(Pass):
@@ -39,7 +41,7 @@ class SvdRes(Pass):
     provides = frozenset({Fact.BRANCHED})
     breaks = frozenset()
     before = {}
-    after = {linear: {**LATE, "svd_res": "a linear has one branch", "flatquant": LATE["awq"]}}
+    after = {linear: {**LATE, "svd_res": ONE, "outlier_channels": ONE, "flatquant": LATE["awq"]}}
     claim = EXACT
 
     rank: int = 32

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .beside import Beside
 from .linear import IntegerLinear
+from .low_rank import LowRankBranch
+from .outlier_channels import OutlierChannels
+from .outlier_weights import OutlierWeights
 from .w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
 from .w4a8 import W4A8Dynamic
-from .w8a8 import W8A8, W8A8Dynamic
+from .w8a8 import W8A8, W8A8Dynamic, W8A8DynamicTensor
 from .w8a8_mix import W8A8Mix
 from .weight_only import W4A16, W8A16
 
@@ -18,6 +22,7 @@ FORMATS: Mapping[str, type[IntegerLinear]] = MappingProxyType(
         for format in (
             W8A8,
             W8A8Dynamic,
+            W8A8DynamicTensor,
             W8A8Mix,
             W8A16,
             W4A4Dynamic,
@@ -28,6 +33,18 @@ FORMATS: Mapping[str, type[IntegerLinear]] = MappingProxyType(
     }
 )
 """Type string to module class."""
+BESIDE: Mapping[str, type[Beside]] = MappingProxyType(
+    {kind.suffix: kind for kind in (LowRankBranch, OutlierChannels, OutlierWeights)}
+)
+"""End of a type string to what stands in float beside the integers."""
+
+
+def type_of(stored: str) -> tuple[type[IntegerLinear] | None, type[Beside] | None]:
+    """The format and the float part of a linear that is stored as such a type; None where there is no such one."""
+    for suffix, kind in BESIDE.items():
+        if stored.endswith(suffix):
+            return FORMATS.get(stored.removesuffix(suffix)), kind
+    return FORMATS.get(stored), None
 
 
 def format_of(

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .beside import Beside
 from .int_matmul import int_matmul
 from .kronecker import rotate
-from .low_rank import FACTORS, low_rank
 from .quantize import dequantize
 from .quantized import QuantizedLinear
 
@@ -35,14 +35,16 @@ class IntegerLinear(nn.Module, ABC):
     act_bits: ClassVar[int | None]
     """None where activations stay float."""
     act_scope: ClassVar[str | None] = "token"
-    """What shares one scale of the activation: ``token``, ``tensor`` (the scale is stored), ``mix`` (both, by
-    phase); None where activations stay float."""
+    """What shares one scale of the activation: ``token``, ``dynamic-tensor`` (all tokens of a call), ``tensor`` (the
+    scale is stored), ``mix`` (per token and stored, by phase); None where activations stay float."""
     rotated: ClassVar[bool] = False
     """Whether an online rotation comes before the activation is quantized."""
     packed: ClassVar[bool] = False
     """Whether two int4 share a byte on disk."""
     grouped: ClassVar[bool] = True
     """Whether the weight's scales may be per group of input channels."""
+    offsets: ClassVar[bool] = True
+    """Whether the weight may have offsets; what is stored is the negative of ``QuantizedLinear.offset``."""
 
     def __init__(
         self,
@@ -54,7 +56,7 @@ class IntegerLinear(nn.Module, ABC):
         group_size: int = 0,
         device: torch.device | str | None = None,
         rotation: tuple[str, int, int] | None = None,
-        rank: int = 0,
+        beside: Beside | None = None,
     ) -> None:
         super().__init__()
         if group_size and (not self.grouped or in_features % group_size):
@@ -67,8 +69,8 @@ class IntegerLinear(nn.Module, ABC):
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.group_size = dtype, group_size
         self.register_buffer("bias", None)
-        self.rotation, self.rank = rotation, rank
-        stored = {**self.tensors(bias), **self.rotation_tensors(), **self.branch_tensors()}
+        self.rotation, self.beside = rotation, beside
+        stored = {**self.tensors(bias), **self.rotation_tensors(), **self.float_tensors()}
         for name, (kind, shape) in stored.items():
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device))
 
@@ -76,8 +78,8 @@ class IntegerLinear(nn.Module, ABC):
     bias: Tensor | None
     rotation: tuple[str, int, int] | None = None
     """An online rotation of the reference tool before it: ``heads`` or ``kronecker``, and the sizes of its factors."""
-    rank: int = 0
-    """Rank of the float branch beside it; 0 for none."""
+    beside: Beside | None = None
+    """What of the linear is computed in float."""
 
     def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name to (dtype, shape) of everything stored; the bias, when present, is in the model's dtype."""
@@ -98,10 +100,16 @@ class IntegerLinear(nn.Module, ABC):
         kind, *sizes = self.rotation
         return {name: (self.dtype, (size, size)) for name, size in zip(ROTATIONS[kind], sizes, strict=False)}
 
-    def branch_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name to (dtype, shape) of the factors of a low-rank branch."""
-        shapes = (self.rank, self.in_features), (self.out_features, self.rank)
-        return {name: (self.dtype, shape) for name, shape in zip(FACTORS, shapes, strict=True) if self.rank}
+    def float_tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name to (dtype, shape) of what stands beside the integers."""
+        if self.beside is None:
+            return {}
+        return self.beside.tensors(self.in_features, self.out_features, self.dtype)
+
+    @property
+    def stored_type(self) -> str:
+        """The type string of its tensors on disk: ``W8A8_DYNAMIC``, ``W8A8_DYNAMIC_SVD``."""
+        return self.type + (self.beside.suffix if self.beside is not None else "")
 
     @classmethod
     def scale_dtype(cls, dtype: torch.dtype) -> torch.dtype:
@@ -125,17 +133,19 @@ class IntegerLinear(nn.Module, ABC):
         }
         if q.bias is not None:
             packed["bias"] = q.bias.to(dtype)
-        branch = q.branch or ()
-        factors = {name: factor.to(dtype) for name, factor in zip(FACTORS, branch, strict=False)}
-        return packed | cls._factors(q, dtype) | factors
+        return packed | cls._floats(q, dtype)
 
     @classmethod
-    def _factors(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The stored factors of an online rotation of the reference tool; those over heads leave channels alone."""
-        if q.online is None:
-            return {}
-        given = zip(ROTATIONS[q.online], (q.left, q.right), strict=False)
-        return {name: factor.to(dtype).contiguous() for name, factor in given if factor is not None}
+    def _floats(cls, q: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What is stored beside the integers: float parts, and factors of an online rotation of the reference tool.
+
+        A rotation over heads has one factor: it leaves channels alone.
+        """
+        floats = dict(q.beside)
+        if q.online is not None:
+            given = zip(ROTATIONS[q.online], (q.left, q.right), strict=False)
+            floats |= {name: factor for name, factor in given if factor is not None}
+        return {n: (t.to(dtype) if t.is_floating_point() else t).contiguous() for n, t in floats.items()}
 
     @classmethod
     def _check(cls, q: QuantizedLinear, dtype: torch.dtype) -> None:
@@ -161,13 +171,17 @@ class IntegerLinear(nn.Module, ABC):
             "there is no place for an online rotation": not cls.rotated
             and q.online is None
             and (q.left is not None or q.right is not None),
-            "there is no place for an offset of the weight": cls.act_bits is not None
-            and q.offset is not None,
+            "there is no place for an offset of the weight": not cls.offsets and q.offset is not None,
             "there is no place for a clip ratio": not cls.rotated and q.clip != 1.0,
         }
         for problem, found in problems.items():
             if found:
                 raise ValueError(f"cannot pack a {out} x {width} linear as {cls.type}: {problem}")
+
+    @property
+    def bias_inside(self) -> bool:
+        """Whether ``rows`` has added the bias already."""
+        return False
 
     @property
     def integers(self) -> Tensor:
@@ -180,11 +194,13 @@ class IntegerLinear(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features] in the dtype of x."""
-        rows = self.turned(x.reshape(-1, self.in_features))
-        y = self.rows(rows)
-        if self.rank:
-            y = y + low_rank(rows, *(self.get_buffer(name) for name in FACTORS)).to(y.dtype)
-        if self.bias is not None:
+        rows, beside = self.turned(x.reshape(-1, self.in_features)), self.beside
+        if beside is None:
+            y = self.rows(rows)
+        else:
+            y = self.rows(beside.rest(rows, self.get_buffer))
+            y = y + beside.product(rows, self.get_buffer).to(y.dtype)
+        if self.bias is not None and not self.bias_inside:
             y = y + self.bias.to(y.dtype)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
@@ -203,13 +219,23 @@ class IntegerLinear(nn.Module, ABC):
         """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
         return self.get_buffer("weight_scale").to(self.scale_dtype(self.dtype)).to(torch.float32)
 
+    @property
+    def offset(self) -> Tensor:
+        """What the weight's integers are dequantized from, (q - offset) * scale: integral float32 [out, groups]."""
+        return -self.get_buffer("weight_offset")
+
     def product(self, integers: Tensor, scale: Tensor) -> Tensor:
-        """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out]."""
+        """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out].
+
+        With offsets z of the weight, ``Σ x (w - z) = Σ x w - z Σ x``: exact sums of integers both.
+        """
         if self.group_size:
-            y = integers.to(torch.float32) @ dequantize(self.integers, self.scale).t()
-        else:
-            y = int_matmul(integers, self.integers).to(torch.float32) * self.scale.t()
-        return y * scale
+            y = integers.to(torch.float32) @ dequantize(self.integers, self.scale, self.offset).t()
+            return y * scale
+        sums = int_matmul(integers, self.integers)
+        if bool(self.offset.any()):
+            sums = sums.long() - integers.sum(1, keepdim=True, dtype=torch.int64) * self.offset.long().t()
+        return sums.to(torch.float32) * self.scale.t() * scale
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

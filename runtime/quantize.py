@@ -80,6 +80,20 @@ def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor,
     return quantize(x, scale, bits), scale
 
 
+def quantize_per_tensor(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As ``quantize_per_token``, on one scale for all of x: integers int8 [..., K] and scale float32 [1, 1]."""
+    x = x.to(torch.float32)
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
+    scale = scale_for(largest, bits).reshape(1, 1)
+    return quantize(x, scale, bits), scale
+
+
+def fake_quant_per_tensor(x: Tensor, bits: int) -> Tensor:
+    """x on one grid for all of its values: [..., K] in the dtype of x."""
+    integers, scale = quantize_per_tensor(x, bits)
+    return (integers * scale).to(x.dtype)
+
+
 def fake_quant_per_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     """x on its own per-token grid: [..., K] in the dtype of x."""
     integers, scale = quantize_per_token(x, bits, clip)

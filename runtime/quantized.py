@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .outlier_weights import CSR, sparse
 from .quantize import dequantize
 
 
@@ -33,8 +35,8 @@ class QuantizedLinear:
     """[b, b], the right factor."""
     online: str | None = None
     """The kind of a rotation that is stored as the reference tool does: ``heads`` or ``kronecker``."""
-    branch: tuple[Tensor, Tensor] | None = None
-    """A low-rank branch beside it, [rank, in] and [out, rank], already taken off the weight."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """What stays in float beside the integers, already taken off the weight: tensors by their leaf on disk."""
     clip: float = 1.0
     """Ratio in (0, 1] by which the per-token scale of the activation is cut."""
     offset: Tensor | None = None
@@ -42,5 +44,8 @@ class QuantizedLinear:
 
     @property
     def dense(self) -> Tensor:
-        """The weight that the integers stand for, float32 [out, in]."""
-        return dequantize(self.weight, self.scale, self.offset)
+        """The weight that the integers stand for, single weights in float among them, float32 [out, in]."""
+        dense = dequantize(self.weight, self.scale, self.offset)
+        if CSR[0] in self.beside:
+            dense = dense + sparse(*(self.beside[leaf] for leaf in CSR), in_features=dense.shape[1])
+        return dense

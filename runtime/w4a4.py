@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .kronecker import blocks, rotate, split
 from .linear import IntegerLinear
-from .quantize import quantize_per_token
+from .quantize import dequantize, quantize_per_token
 from .quantized import QuantizedLinear
 
 
@@ -107,5 +107,5 @@ class W4A4FlatQuantDynamic(IntegerLinear):
         integers, scale = quantize_per_token(turned, 4, float(self.get_buffer("clip_ratio")))
         if self.blocks == 1:
             return self.product(integers.flatten(1), scale.flatten(1))
-        weight = self.weight.to(torch.float32) * self.scale
+        weight = dequantize(self.weight, self.scale, self.offset)
         return (integers * scale).flatten(1) @ weight.t()

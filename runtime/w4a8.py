@@ -47,6 +47,7 @@ class W4A8Dynamic(IntegerLinear):
     act_bits = 8
     packed = True
     grouped = False
+    offsets = False
 
     def __init__(
         self,

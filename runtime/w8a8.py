@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .int_matmul import int_matmul
 from .linear import IntegerLinear
-from .quantize import quantize_per_token
+from .quantize import quantize_per_tensor, quantize_per_token
 from .quantized import QuantizedLinear
 
 
@@ -23,6 +23,22 @@ class W8A8Dynamic(IntegerLinear):
         return self.product(*quantize_per_token(x, 8))
 
 
+class W8A8DynamicTensor(IntegerLinear):
+    """int8 per output channel (or group or tensor), int8 on one scale for all tokens of a call, found while it runs.
+
+    What a token becomes depends on the tokens that are run with it. Source: SmoothQuant O2 (arXiv 2211.10438).
+    """
+
+    type = "W8A8_DYNAMIC_TENSOR"
+    weight_bits = 8
+    act_bits = 8
+    act_scope = "dynamic-tensor"
+
+    def rows(self, x: Tensor) -> Tensor:
+        """float32 [rows, out] of float [rows, in]."""
+        return self.product(*quantize_per_tensor(x, 8))
+
+
 class W8A8(IntegerLinear):
     """int8 per output channel, int8 per tensor with an offset: ``npu_quantize``, then ``npu_quant_matmul``.
 
@@ -36,6 +52,7 @@ class W8A8(IntegerLinear):
     act_bits = 8
     act_scope = "tensor"
     grouped = False
+    offsets = False
 
     def tensors(self, bias: bool) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """``deq_scale`` is float32; in a float16 model it is float32's bit pattern, widened to int64."""
@@ -77,7 +94,7 @@ class W8A8(IntegerLinear):
                 "cannot pack as W8A8: a bias is too large for 32 bits on the grid of its channel"
             )
         bits = deq_scale.view(torch.int32).to(torch.int64)
-        return cls._factors(q, dtype) | {
+        return cls._floats(q, dtype) | {
             "weight": q.weight.contiguous(),
             "input_scale": scale.to(dtype),
             "input_offset": offset.to(torch.int8),

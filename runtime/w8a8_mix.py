@@ -22,6 +22,7 @@ class W8A8Mix(IntegerLinear):
     act_bits = 8
     act_scope = "mix"
     grouped = False
+    offsets = False
     decode = False
     """Whether the fixed scale is used, as the server does on a decoding node."""
 
@@ -46,9 +47,7 @@ class W8A8Mix(IntegerLinear):
             return static_rows(self, x)
         return self.product(*quantize_per_token(x, 8))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] to [..., out_features] in the dtype of x."""
-        if not self.decode:
-            return super().forward(x)
-        y = self.rows(x.reshape(-1, self.in_features))
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+    @property
+    def bias_inside(self) -> bool:
+        """In decode it is a part of ``quant_bias``."""
+        return self.decode

@@ -16,6 +16,7 @@ from qc.compiler.capture import capture
 from qc.compiler.execute import execute, inputs_of
 from qc.compiler.program import Leaf, Norm, Part, Program
 from qc.compiler.source import InMemory
+from qc.compiler.walk import Walk
 from tests.families import ALL, build
 
 aten = torch.ops.aten
@@ -213,3 +214,10 @@ def run_float64(program: Program, tensors: Mapping[str, Tensor], ids: Tensor | N
 def relative(got: Tensor, want: Tensor) -> float:
     """Relative Frobenius error."""
     return float(torch.linalg.vector_norm(got - want) / torch.linalg.vector_norm(want))
+
+
+def one_linear(x: Tensor) -> Walk:
+    """A walk over a block that is one linear called ``w``, which reads ``x`` in every microbatch."""
+    graph = fx.Graph()
+    source = graph.placeholder("x")
+    return Walk([graph.call_module("w", (source,))], lambda index: {source: x}, lambda *given: {})

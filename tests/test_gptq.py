@@ -19,7 +19,7 @@ from qc.passes.block_rounding import BlockRounding, Start
 from qc.passes.column_rounding import gptq, inverse_factor
 from qc.runtime.quantize import dequantize, scale_for
 from tests.homes import Home, compiled, logits
-from tests.programs import relative
+from tests.programs import one_linear, relative
 from tests.recipes import HEAD, Written
 
 
@@ -32,6 +32,7 @@ def view_of(x: torch.Tensor, weight: torch.Tensor) -> BlockView:
     view = BlockView("block", {"w.weight": weight}, {}, torch.float32, 0)
     view.batches = 1
     view.forward = lambda hook, index: hook("w", x, weight, None)
+    view.walk = lambda: one_linear(x)
     view.target = lambda index: x @ weight.T
     return view
 

@@ -24,7 +24,7 @@ READS_HUGGING_FACE = (
     "compiler/narrow.py",
     "compiler/weights.py",
     "compiler/load.py",
-    "compiler/testing.py",
+    "compiler/testing_models.py",
     "runtime/hf.py",
 )
 """The only files of the package that import transformers."""

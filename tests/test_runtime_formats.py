@@ -11,16 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qc.compiler.scheme import Int
+from qc.passes.weight_scale import weight_grid
 from qc.runtime.formats import FORMATS, format_of
 from qc.runtime.hadamard import random_hadamard
 from qc.runtime.kronecker import fold, rotate
 from qc.runtime.linear import IntegerLinear
 from qc.runtime.norm import RMSNormBias
-from qc.runtime.quantize import quantize, round_scale, scale_for, scale_offset_for
+from qc.runtime.quantize import (
+    fake_quant_per_tensor,
+    fake_quant_per_token,
+    quantize,
+    quantize_per_tensor,
+    round_scale,
+    scale_for,
+    scale_offset_for,
+)
 from qc.runtime.quantized import QuantizedLinear
 from qc.runtime.w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
 from qc.runtime.w4a8 import SHARES, W4A8Dynamic, pack_pairs, unpack_pairs
-from qc.runtime.w8a8 import W8A8, W8A8Dynamic
+from qc.runtime.w8a8 import W8A8, W8A8Dynamic, W8A8DynamicTensor
 from qc.runtime.w8a8_mix import W8A8Mix
 from qc.runtime.weight_only import W4A16, W8A16
 
@@ -80,6 +90,7 @@ def test_a_module_holds_what_is_packed(cls: type[IntegerLinear], dtype: torch.dt
 BOUND = {
     "W8A8": 0.02,
     "W8A8_DYNAMIC": 0.015,
+    "W8A8_DYNAMIC_TENSOR": 0.02,
     "W8A8_MIX": 0.015,
     "W8A16": 0.01,
     "W4A16": 0.15,
@@ -308,6 +319,7 @@ def test_format_of() -> None:
     assert format_of(8, 8, "tensor", False) is W8A8
     assert format_of(8, 8, "token", False) is W8A8Dynamic
     assert format_of(8, 8, "mix", False) is W8A8Mix
+    assert format_of(8, 8, "dynamic-tensor", False) is W8A8DynamicTensor
     assert format_of(8, None, None, False) is W8A16
     assert format_of(4, None, None, False) is W4A16
     assert format_of(4, 8, "token", False) is W4A8Dynamic
@@ -325,3 +337,26 @@ def test_norm_with_bias(offset: float) -> None:
     torch.testing.assert_close(norm(x), plain(x))
     norm.load_state_dict({"weight": torch.full((16,), 2.0), "bias": torch.full((16,), 3.0)})
     torch.testing.assert_close(norm(x), plain(x) * (2 + offset) + 3)
+
+
+@pytest.mark.parametrize("kind", [W8A8Dynamic, W8A8DynamicTensor, W4A4Dynamic])
+@pytest.mark.parametrize("group", [0, 16])
+def test_offsets_of_weights_are_taken_off_exactly(kind: type[IntegerLinear], group: int) -> None:
+    weight, x = randn(24, 64) + 1.5, randn(7, 64)
+    per = Int(kind.weight_bits, "group" if group else "channel", group=group, symmetric=False)
+    scale, offset = weight_grid(weight, per, torch.float32)
+    assert offset is not None
+    q = QuantizedLinear(quantize(weight, scale, per.bits, offset), scale, offset=offset)
+    module = kind(64, 24, dtype=torch.float32, group_size=group)
+    module.load_state_dict(kind.pack(q, torch.float32))
+    grid = fake_quant_per_tensor if kind is W8A8DynamicTensor else fake_quant_per_token
+    torch.testing.assert_close(module(x), grid(x, kind.act_bits or 0) @ q.dense.T, rtol=2e-3, atol=2e-3)
+
+
+def test_a_scale_of_a_whole_call_is_that_of_its_largest_value() -> None:
+    x = torch.cat([randn(3, 64), 100 * randn(1, 64, seed=1)])
+    integers, scale = quantize_per_tensor(x, 8)
+    assert float(scale) == pytest.approx(float(x.abs().max()) / 127)
+    assert int(integers.abs().max()) == 127
+    assert int(integers[:3].abs().max()) < 5
+    assert quantize_per_tensor(x[:0], 8)[0].shape == (0, 64)

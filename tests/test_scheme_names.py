@@ -112,7 +112,7 @@ def test_gptq_and_training_round_on_a_grid_with_offsets() -> None:
 
 @pytest.mark.broad
 @pytest.mark.parametrize("passes", ["linear_quant{weight_method=clip}", "gptq", "autoround{iters=2}"])
-@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16-asym"])
+@pytest.mark.parametrize("scheme", ["w4a16-g32-asym", "w8a16-asym", "w4a4-asym"])
 def test_what_has_offsets_loads_as_it_was_rounded(
     passes: str, scheme: str, home: Callable[[str], Home], tmp_path: Path
 ) -> None:
@@ -127,9 +127,19 @@ def test_what_has_offsets_loads_as_it_was_rounded(
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_offsets_stand_beside_float_activations_only() -> None:
-    found = planned("llama-128", "linear_quant", scheme="w8a8-asym", target="modelslim").problems
-    assert any("no type for" in problem for problem in found)
+@pytest.mark.parametrize("scheme", ["w8a8-asym", "w4a4-g32-asym", "w8a8-dynamic-tensor-pt-asym"])
+def test_offsets_beside_integer_activations_are_for_those_that_read_them(scheme: str) -> None:
+    assert planned("llama-128", "linear_quant", scheme=scheme, target="modelslim").problems == ()
+    found = planned("llama-128", "linear_quant", scheme=scheme, target="vllm-ascend").problems
+    assert found
+
+
+def test_offsets_stand_where_there_is_a_place_for_them() -> None:
+    for scheme in ("w8a8-static-asym", "w8a8-mix-asym", "w4a8-asym"):
+        found = planned("llama-128", "linear_quant", scheme=scheme, target="modelslim").problems
+        assert any("no type for" in problem for problem in found)
+    found = planned("llama-128", "linear_quant", scheme="w8a8-asym", target="vllm-ascend").problems
+    assert any("offsets of its weight, which the server's W8A8_DYNAMIC ignores" in p for p in found)
     assert planned("llama-128", "linear_quant", scheme="w8a16-asym", target="vllm-ascend").problems == ()
     found = planned(
         "llama-128", "linear_quant{weight_method=ssz}", scheme="w4a16-asym", target="modelslim"

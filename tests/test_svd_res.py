@@ -18,7 +18,7 @@ from qc.compiler.verify import verify
 from qc.compiler.view import BlockView
 from qc.passes.svd_res import SvdRes
 from qc.runtime.linear import IntegerLinear
-from qc.runtime.low_rank import low_rank
+from qc.runtime.low_rank import LowRankBranch, low_rank
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
 from tests.programs import captured, relative
@@ -50,7 +50,9 @@ def test_a_branch_keeps_the_function_and_loads(
     assert not types["model_quant_type"].endswith("_SVD")
     assert not [str(check) for check in verify(out) if check.wrong]
     model = load(out, dtype=torch.float32)
-    assert sum(isinstance(m, IntegerLinear) and m.rank == 4 for m in model.modules()) == len(first)
+    assert sum(isinstance(m, IntegerLinear) and m.beside == LowRankBranch(4) for m in model.modules()) == len(
+        first
+    )
     want, got = logits(load(place.path, dtype=torch.float32)), logits(model)
     assert 1e-4 < relative(got, want) < (0.5 if scheme != "w8a8" else 0.05)
 

@@ -9,8 +9,10 @@ from typing import Any
 from ..errors import Refused
 
 
-def plan_options(command: argparse.ArgumentParser) -> None:
-    """The options that ``compile`` and ``plan`` share."""
+def plan_options(
+    command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
+) -> None:
+    """The options that ``compile``, ``plan`` and ``calib refine`` share; ``--samples`` counts what a command says."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
@@ -38,7 +40,7 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
     )
-    command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    command.add_argument("--samples", type=int, default=samples, help=f"{counted} (default {samples})")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
     command.add_argument(
         "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
@@ -47,6 +49,10 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    command.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS",
+        help="print the program as it is after this step (a name, a number, or all)",
+    )  # fmt: skip
 
 
 def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
@@ -84,6 +90,16 @@ def options_of(args: argparse.Namespace) -> Any:
         calibrate_all_experts=args.calibrate_all_experts, timings=getattr(args, "timings", False),
         avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
+
+
+def print_after(args: argparse.Namespace, plan: Any) -> None:
+    """Print the text of the program after every step that ``--print-after`` asks for, in the order of the plan."""
+    from ..show.text import text
+    from ..steps import after, steps_named
+
+    for index in steps_named(plan, args.print_after):
+        print(f"after {index + 1}. {plan.steps[index].what}")
+        print(text(after(plan, index)))
 
 
 def check_curve(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from .regions import INSERTED, STUBS, THROUGH, Region, arrow_only, regions, rota
 from .rows import Row, Sizes, outside, rows
 from .runs import Binding, Run, bindings, boundary
 
-SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "div": "÷"}
+SYMBOLS = {"add": "+", "mul": "×", "sub": "−", "div": "÷", "__and__": "and", "__or__": "or"}
 MOST_OPS = 4
 """Ops that the title of a box names; of more it gives the number."""
 

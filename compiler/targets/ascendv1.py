@@ -9,8 +9,8 @@ import torch
 
 from ...runtime.divided import INNER, LEAF
 from ...runtime.formats import format_of as runtime_format
+from ...runtime.formats import type_of
 from ...runtime.linear import ROTATIONS, IntegerLinear
-from ...runtime.low_rank import FACTORS, SUFFIX
 from ...runtime.w4a4 import W4A4FlatQuantDynamic
 from ...runtime.w4a8 import W4A8Dynamic
 from ..errors import Refused
@@ -35,6 +35,7 @@ PRIORITY = (
     "W8A16",
     "W4A16",
     "W8A8_DYNAMIC",
+    "W8A8_DYNAMIC_TENSOR",
     "W8A8_MIX",
     "W8A8",
     "W4A4_DYNAMIC",
@@ -47,19 +48,14 @@ reference: a mixture with such experts has the name of its other linears."""
 def format_of(scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
     """The format that holds a scheme, None where the layout has none (or the scheme is float)."""
     weight, act = scheme.weight, scheme.act
-    if (
-        weight is None
-        or not (weight.symmetric or act is None)
-        or weight.per not in ("channel", "group", "tensor")
-    ):
-        return None
-    if act is not None and act.per not in ("token", "tensor", "mix"):
+    if weight is None or weight.per not in ("channel", "group", "tensor"):
         return None
     try:
         found = runtime_format(weight.bits, None if act is None else act.bits, scheme.scope, rotated)
     except ValueError:
         return None
-    return found if found.grouped or not weight.group else None
+    held = (found.grouped or not weight.group) and (found.offsets or weight.symmetric)
+    return found if held else None
 
 
 def linear_tensors(
@@ -70,8 +66,8 @@ def linear_tensors(
     options: dict[str, Any] = {"bias": site.bias, "dtype": dtype, "group_size": group, "device": "meta"}
     if site.online is not None:
         options["rotation"] = (site.online.layout, site.online.left, site.online.right)
-    if site.rank:
-        options["rank"] = site.rank
+    if site.beside is not None:
+        options["beside"] = site.beside
     if issubclass(format, W4A4FlatQuantDynamic):
         options["blocks"] = site.blocks
     if issubclass(format, W4A8Dynamic):
@@ -116,8 +112,9 @@ def layout(
                 full = f"{prefixes[module]}.{part}"
                 specs[full] = stored
                 if part not in TURNS:  # the reference tool names no types of them
-                    own_type = format.type + (SUFFIX if site.rank else "")
-                    types[full] = FLOAT_TYPE if part in ("bias", *FACTORS) else own_type
+                    floats = site.beside.leaves if site.beside is not None else ()
+                    own_type = format.type + (site.beside.suffix if site.beside is not None else "")
+                    types[full] = FLOAT_TYPE if part in ("bias", *floats) else own_type
     groups = [s.scheme.weight.group for s in sites if s.scheme.weight and s.scheme.weight.group]
     stubs: dict[str, str] = {}
     for grid in model.grids:
@@ -190,7 +187,7 @@ def merged(kinds: Mapping[str, str]) -> str:
 
 def description(layout: Layout) -> dict[str, Any]:
     """``quant_model_description.json``: a type for every tensor in the order of writing, then global keys."""
-    present = {kind.removesuffix(SUFFIX) for kind in layout.types.values()}
+    present = {getattr(type_of(kind)[0], "type", kind) for kind in layout.types.values()}
     return {
         **layout.types,
         **layout.facts,

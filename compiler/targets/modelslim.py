@@ -30,7 +30,7 @@ class ModelSlim(Target):
         found: list[Problem] = []
         for site in sites:
             weight = site.scheme.weight
-            if weight is None and not (site.rotated or site.rank or site.divided):
+            if weight is None and not (site.rotated or site.beside or site.divided):
                 continue
             if weight is not None and weight.group and site.in_features % weight.group:
                 found.append(
@@ -90,15 +90,15 @@ MODELSLIM = ModelSlim()
 
 
 def branch_problems(site: LinearSite, format: type[IntegerLinear] | None) -> Iterator[Problem]:
-    """A low-rank branch stands beside integer linears that take their input as it is, and not beside others."""
-    if not site.rank:
+    """Float parts stand beside integer linears that take their input as it is, and not beside others."""
+    if site.beside is None:
         return
     if not site.scheme.quantized:
-        why = "it has a low-rank branch and stays float, and the layout has branches beside integers only"
+        why = f"it has {site.beside} and stays float, and the layout has those beside integers only"
     elif site.rotated or site.online is not None:
-        why = "it has a low-rank branch and an online rotation, and the layout does not say which reads which"
+        why = f"it has {site.beside} and an online rotation, and the layout does not say which reads which"
     elif format is not None and format.packed:
-        why = f"it has a low-rank branch, and the layout has none beside {format.type}"
+        why = f"it has {site.beside}, and the layout has none beside {format.type}"
     else:
         return
-    yield Problem("branch", site.name, why, "exclude it from svd_res")
+    yield Problem("branch", site.name, why, f"exclude it from {site.beside_by}")

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...runtime.beside import Beside
+from ...runtime.outlier_weights import OutlierWeights
 from ..attention_sites import attention_sites
 from ..edit import Verb
 from ..laws import is_attention, shape
-from ..operand import Hadamard, Kronecker, LowRank, Stub
+from ..operand import Branch, Hadamard, Kronecker, Stub
 from ..roles import read_together, roles_of
 from ..safetensors_io import TensorSpec
 from ..scheme import FLOAT, LinearScheme
@@ -45,8 +47,10 @@ class LinearSite:
     """Whether its input is divided channel by channel while the model runs."""
     stored_as: str | None = None
     """The type of a float linear whose weight was made anew; None for an ordinary one."""
-    rank: int = 0
-    """Rank of a float branch beside it; 0 for none."""
+    beside: Beside | None = None
+    """What of it is computed in float beside its integers."""
+    beside_by: str = ""
+    """The pass that keeps that in float."""
     reads_with: tuple[str, ...] = ()
     """Other linears that read the same value, found by dataflow."""
     row_parallel: bool = False
@@ -145,13 +149,13 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
         turned: Kronecker | None = node.meta.get("rotated")
         rotation = turned if turned is not None and turned.layout == "flatquant" else None
         added: str | None = node.meta.get("bias_from")
-        branch: LowRank | None = node.meta.get("branch")
+        scheme: LinearScheme = node.meta.get("scheme", FLOAT)
         sites.append(
             LinearSite(
                 name,
                 width,
                 out,
-                node.meta.get("scheme", FLOAT),
+                scheme,
                 bias="bias" in leaf.parameters or added is not None,
                 added_bias=added,
                 rotated=rotation is not None,
@@ -161,7 +165,8 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 online=turned if rotation is None else None,
                 divided=bool(node.meta.get("divided")),
                 stored_as=node.meta.get("stored_as"),
-                rank=branch.rank if branch is not None else 0,
+                beside=_beside(node.meta.get("branch"), scheme, out * width),
+                beside_by=node.meta.get("branch_from") or node.meta.get("swapped_by", ""),
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
                 expert=name in roles["expert"],
@@ -169,6 +174,13 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
             )
         )
     return tuple(dict.fromkeys(sites))
+
+
+def _beside(branch: Branch | None, scheme: LinearScheme, weights: int) -> Beside | None:
+    """The float part of a linear: a branch that a pass put beside it, or single weights of its scheme."""
+    if branch is not None:
+        return branch.beside
+    return OutlierWeights.of_share(scheme.outliers, weights) if scheme.outliers else None
 
 
 def facts_of(plan: Plan) -> ModelFacts:

@@ -45,10 +45,11 @@ class VllmAscend(Target):
     summary: ClassVar[str] = "ascendv1 layout, only what the server loads"
 
     def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
-        """The served format of a scheme; there are no groups and no int4 weights with float activations."""
-        found = ascendv1.format_of(scheme, rotated)
-        grouped = scheme.weight is not None and scheme.weight.group > 0
-        return found if found is not None and found.type in SERVED | SERVED_EXPERTS and not grouped else None
+        """The served format of a scheme: no groups, no int4 weights beside float, no offsets beside integers."""
+        found, weight = ascendv1.format_of(scheme, rotated), scheme.weight
+        if found is None or weight is None or weight.group or found.type not in SERVED | SERVED_EXPERTS:
+            return None
+        return found if weight.symmetric or found.act_bits is None else None
 
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
         """Errors and warnings of every rule, in the order of the sites."""
@@ -113,12 +114,12 @@ class VllmAscend(Target):
                 "its input is divided online, and the server has no such op",
                 "leave the type non-fusion out, or --target modelslim",
             )
-        if site.rank:
+        if site.beside is not None:
             yield Problem(
                 "branch",
                 site.name,
-                f"the server has no linear with a low-rank branch, and this one has one of rank {site.rank}",
-                "leave svd_res out, or --target modelslim",
+                f"the server has no linear with {site.beside} in float beside its integers",
+                f"leave {site.beside_by} out, or --target modelslim",
             )
         if weight is None:
             if site.stored_as is not None:
@@ -172,7 +173,14 @@ class VllmAscend(Target):
                 + (f"is {site.scheme}" if site.scheme.quantized else "stays float"),
                 f"give it the scheme w4a4, or exclude it from {site.rotated_by}",
             )
-        known = ascendv1.format_of(site.scheme, site.rotated)
+        known, weight = ascendv1.format_of(site.scheme, site.rotated), site.scheme.weight
+        if known is not None and known.type in SERVED and weight is not None and not weight.symmetric:
+            return Problem(
+                "offset",
+                site.name,
+                f"{site.scheme} has offsets of its weight, which the server's {known.type} ignores",
+                "take weights without -asym, w8a16-asym, or --target modelslim",
+            )
         named = f" (type {known.type})" if known else ""
         return Problem(
             "type",

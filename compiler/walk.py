@@ -1,0 +1,86 @@
+"""Walk: a block run from linear to linear, each microbatch going on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .contract import Basis
+from .execute import Route, execute
+from .program import Part, Program
+from .streams import Stream
+from .view import LinearHook
+
+Run = Callable[[Sequence[fx.Node], Mapping[fx.Node, Any], LinearHook, int], dict[fx.Node, Any]]
+"""``run(nodes, env, hook, index)``: the values that nodes after these read, for microbatch ``index``."""
+
+
+@dataclass
+class _Place:
+    """How far a microbatch has come, and the values that are still read from there on."""
+
+    position: int
+    live: dict[fx.Node, Any]
+
+
+class Walk:
+    """What linears of a block read while those before them become others, without running anything twice.
+
+    A linear that has been passed keeps what it made then, so linears are asked for in the order of the graph; one that
+    lies before is reached from the entrance again.
+
+    Args:
+        nodes: The nodes of the block, in graph order.
+        enter: The values that enter the block, for a microbatch.
+        run: Runs some of the nodes.
+    """
+
+    def __init__(
+        self, nodes: Iterable[fx.Node], enter: Callable[[int], dict[fx.Node, Any]], run: Run
+    ) -> None:
+        self.nodes, self.enter, self.run = list(nodes), enter, run
+        order = {node: position for position, node in enumerate(self.nodes)}
+        self.linears = {str(n.target): p for n, p in order.items() if n.op == "call_module"}
+        self.last: dict[fx.Node, int] = {}
+        for position, node in enumerate(self.nodes):
+            self.last |= dict.fromkeys(node.all_input_nodes, position)
+        self.places: dict[int, _Place] = {}
+
+    @torch.no_grad()
+    def input(self, name: str, index: int, hook: LinearHook, *, last: bool = False) -> Tensor:
+        """What the linear ``name`` reads of microbatch ``index`` [..., in], the linears before it run by ``hook``.
+
+        ``last``: whether nothing after it is going to be asked for; then nothing is kept.
+        """
+        target = self.linears[name]
+        source = self.nodes[target].args[0]
+        assert isinstance(source, fx.Node)
+        place = self.places.get(index)
+        if place is None or place.position > target:
+            place = _Place(0, self.enter(index))
+        live = place.live
+        if place.position < target:
+            live = {**live, **self.run(self.nodes[place.position : target], live, hook, index)}
+            live = {node: value for node, value in live.items() if self.last.get(node, -1) >= target}
+        self.places.pop(index, None)
+        if not last:
+            self.places[index] = _Place(target, live)
+        return live[source]
+
+
+def walk_over(
+    stream: Stream, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
+    routed: Callable[[int], Route],
+) -> Walk:  # fmt: skip
+    """A walk over a block on the boundary values of a stream; ``routed`` says where a microbatch's rows go."""
+    return Walk(
+        program.nodes(part),
+        lambda index: stream.enter(index, program, part, bases),
+        lambda nodes, env, hook, index: execute(
+            program, nodes, tensors, env, dtype=stream.dtype, linear=hook, route=routed(index)
+        ),
+    )
