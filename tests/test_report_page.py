@@ -138,6 +138,7 @@ def test_the_charts_follow_one_layer(report: Path) -> None:
             assert seen.page.locator("#layers .series").count() > 7
         seen.page.get_by_text("All linears as a table").click()
         rows = seen.page.get_by_role("region", name="All linears").locator("tbody tr")
+        rows.first.wait_for()
         assert rows.count() == 21
         seen.page.get_by_role("button", name="Output, dB").click()
         shown = [float(text) for text in rows.locator("td:nth-child(3)").all_inner_texts()]
@@ -182,6 +183,6 @@ def test_four_hundred_layers(report: Path, tmp_path: Path) -> None:
     with opened(file) as seen:
         seen.page.locator("#layers").get_by_role("slider").press("End")
         seen.page.get_by_text("All linears as a table").click()
-        assert seen.page.get_by_text("Show all 2,800 rows").is_visible()
+        seen.page.get_by_text("Show all 2,800 rows").wait_for()
         assert seen.page.locator("*").count() < 8000
         assert seen.said == []
