@@ -81,7 +81,7 @@ class Solver:
         report: Callable[[Progress], None] = lambda progress: None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
-        self.microbatch = max(1, MICROBATCH // ids.shape[1])
+        self.microbatch = max(1, (plan.run.tokens if plan.run else MICROBATCH) // ids.shape[1])
         self.report = report
         self.journal = Journal()
         self.needed = needed_after(plan.program)
