@@ -87,7 +87,7 @@ def options_of(args: argparse.Namespace) -> Any:
         scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
-        calibrate_all_experts=args.calibrate_all_experts,
+        calibrate_all_experts=args.calibrate_all_experts, timings=getattr(args, "timings", False),
         avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
 
