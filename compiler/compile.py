@@ -34,6 +34,7 @@ from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
+from .memory_limit import fitted, limit_of
 from .named import named
 from .plan import Plan, make_plan
 from .program import Program
@@ -88,12 +89,16 @@ class Options:
     """Formats to choose among; None is `menu.DEFAULT`."""
     timings: bool = False
     """Let the report tell of this run too: its seconds, its memory, its host."""
+    max_memory: str | None = None
+    """Most resident memory of the compile, such as ``cpu=8GiB``: fewer tokens run at once where that is needed."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
     def __post_init__(self) -> None:
         level(self.fallback)
         check_asked(self.avg_bits, self.max_kl, self.choose_from)
+        if self.max_memory is not None:
+            limit_of(self.max_memory)
         if self.chooses and (self.scheme is not None or level(self.fallback)):
             other = f"--fallback {self.fallback}" if self.scheme is None else "--scheme"
             raise Refused(f"{other}: the formats are chosen by --avg-bits or --max-kl; leave one of them out")
@@ -153,6 +158,8 @@ def plan(
         )  # fmt: skip
 
     planned = _chosen(program, planned_in, options, report) if options.chooses else planned_in(options.scheme)
+    if options.max_memory is not None:
+        planned = fitted(planned, limit_of(options.max_memory))
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
     return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
 
