@@ -192,7 +192,8 @@ class _PartSolver:
                 continue
             release()
             self._report(work.step.what.name)
-            before, solved = self.state.copy(), list[Solved]()
+            before = None if solver.on_step is None else self.state.copy()
+            solved: list[Solved] = []
             view = self._view(work)
             for rewrite in work.rewrites:
                 view.measures, view.curves = {}, {}
@@ -207,8 +208,9 @@ class _PartSolver:
                 else:
                     solver.journal.changed(self.part.name, rewrite, rewrite.edits, told)
                 self.state.apply(rewrite, values)
-                solved.append((rewrite, values))
-            if solver.on_step is not None:
+                if before is not None:
+                    solved.append((rewrite, values))
+            if solver.on_step is not None and before is not None:
                 solver.on_step(self.part, work.step, before, solved)
         self._report("write")
         if any(rewrite.claim is EXACT for work in self.work for rewrite in work.rewrites):
