@@ -153,7 +153,7 @@ def _install(
     """Put the modules on meta that the files call for; returns how a tensor on disk is named in the model."""
     description = read_json(path / DESCRIPTION)
     entries = find_shards(path).entries
-    name_of = _renaming(model)
+    name_of = renaming(model)
     types = {
         key.removesuffix(".weight"): kind for key, kind in description.items() if key.endswith(".weight")
     }
@@ -185,13 +185,13 @@ def _install(
     return name_of
 
 
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
+def renaming(model: nn.Module) -> Callable[[str], str]:
     """Names on disk to names in the model, as transformers renames them; those of an expert to its own linears."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     patterns = {pattern: list(c.source_patterns) for c in converters for pattern in c.source_patterns}
-    expected, prefix = model.state_dict(), model.base_model_prefix or None
+    expected, prefix = model.state_dict(), getattr(model, "base_model_prefix", None) or None
     stacks = {f"{n}.{s.name}": (n, s) for n, module in model.named_modules() for s in stacks_of(module)}
 
     def name_of(disk: str) -> str:

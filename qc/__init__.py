@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .api import load as load
     from .api import plan as plan
     from .api import show as show
+    from .api import verdict as verdict
     from .api import verify as verify
     from .compiler.contract import EXACT as EXACT
     from .compiler.contract import LOSSY as LOSSY
@@ -47,7 +48,9 @@ if TYPE_CHECKING:
     from .compiler.scheme import Scheme as Scheme
 
 _HOMES = {
-    ".api": ("analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
+    ".api": (
+        "analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verdict", "verify",
+    ),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),

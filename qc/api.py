@@ -21,9 +21,10 @@ from .compiler.recipe import read_recipe
 from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
+from .compiler.targets.verdict import verdict
 from .compiler.verify import verify
 
-__all__ = ["analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"]
+__all__ = ["analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verdict", "verify"]
 
 
 def plan(
