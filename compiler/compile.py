@@ -257,7 +257,8 @@ def _work(
     """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
     layout, (started, estimate) = planned.layout, begun
     with output, _own_random_state():
-        with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
+        stem = planned.target.stem(layout)
+        with ShardWriter(output.path, layout.specs, stem, options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
                 sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=report,
@@ -265,7 +266,9 @@ def _work(
             solver.journal.twin(proved)
             journal = solver.run()
         check_written(output.path, layout.specs)
+        planned.target.finish(output.path, layout)
         _beside(planned, layout, data, journal, output.path, options)
+        _judge(planned, output.path, options)
         write_json(output.path / RUN, {
             "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak(),
             "estimated_peak_memory_bytes": estimate,
@@ -274,6 +277,21 @@ def _work(
             "removed": list(output.removed),
         })  # fmt: skip
     return journal
+
+
+def _judge(planned: Plan, path: Path, options: Options) -> None:
+    """Ask the target once more, of the files: Failed where it would not load them, or not as they are meant."""
+    if not (path / "config.json").is_file():
+        return
+    found = planned.target.judge(
+        path, tp=planned.tp, deep=False, trust_remote_code=options.trust_remote_code
+    )
+    wrong = [str(finding) for finding in found or () if finding.outcome != "warns"]
+    if wrong:
+        raise Failed(
+            f"{planned.target.spelling} would not take what was written, though the plan has no problem"
+            f" ({len(wrong)} findings):\n" + "\n".join(wrong[:5])
+        )
 
 
 def _paths(model: Model | Program) -> list[Path]:
@@ -329,9 +347,8 @@ def _beside(
     config = _config(program)
     if config is not None:
         tied = bool(planned.final.ties) if program.ties else None
-        write_json(
-            path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code)
-        )
+        whole = exported_config(config, planned.dtype, tied, options.trust_remote_code)
+        write_json(path / "config.json", planned.target.config(whole, layout))
     if program.path is not None:
         copy_side_files(Path(program.path), path, options.trust_remote_code)
     for name, content in planned.target.files(layout).items():

@@ -185,19 +185,19 @@ class Target(ABC):
 
     def judge(
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
-    ) -> tuple[Finding, ...]:
-        """What the consumer does with a directory of checkpoint files, ours or another tool's.
+    ) -> tuple[Finding, ...] | None:
+        """What the consumer does with a directory of checkpoint files, ours or another tool's; None where nobody says.
 
         Args:
-            directory: The directory; nothing in it is run or changed.
+            directory: The directory; nothing is changed there.
             tp: Tensor-parallel ranks of the server.
             deep: Read the integers of weights too, and not only what stands beside them.
             trust_remote_code: Whether Python code in the directory may say what the model looks like.
 
         Raises:
-            Refused: It is no checkpoint of this target, or nobody reads such files.
+            Refused: It is no checkpoint, or one that cannot be read.
         """
-        raise Refused(f"target {self.name} says nothing of files: it has no judge")
+        return None
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """The errors of ``check`` for a plan; what is wrong alike at many sites is told once."""

@@ -67,6 +67,8 @@ def verdict(path: str | Path, target: Any, tp: int = 1, trust_remote_code: bool 
         raise Refused(f"--tp {tp}: at least 1")
     chosen = target_named(target)
     found = chosen.judge(Path(path), tp=tp, trust_remote_code=trust_remote_code)
+    if found is None:
+        raise Refused(f"target {chosen.spelling}: its files are written and never read, so nobody says what becomes of them")
     ordered = sorted(dict.fromkeys(found), key=lambda one: ORDER.index(one.outcome))
     return Verdict(chosen.spelling, tp, tuple(ordered))
 
