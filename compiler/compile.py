@@ -22,6 +22,7 @@ from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
 from .export import (
+    CARD,
     RUN,
     Output,
     check_written,
@@ -35,6 +36,7 @@ from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
+from .model_card import model_card
 from .named import named
 from .plan import Plan, make_plan
 from .plan_text import plan_text
@@ -257,7 +259,8 @@ def _work(
     """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
     layout, (started, estimate) = planned.layout, begun
     with output, _own_random_state():
-        with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
+        stem = planned.target.stem(layout)
+        with ShardWriter(output.path, layout.specs, stem, options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
                 sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=report,
@@ -329,9 +332,8 @@ def _beside(
     config = _config(program)
     if config is not None:
         tied = bool(planned.final.ties) if program.ties else None
-        write_json(
-            path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code)
-        )
+        whole = exported_config(config, planned.dtype, tied, options.trust_remote_code)
+        write_json(path / "config.json", planned.target.config(whole, layout))
     if program.path is not None:
         copy_side_files(Path(program.path), path, options.trust_remote_code)
     for name, content in planned.target.files(layout).items():
@@ -342,6 +344,8 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
+    planned.target.add(path)
+    (path / CARD).write_text(model_card(planned, journal, data), encoding="utf-8")
     write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
 
 

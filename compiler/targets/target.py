@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ...runtime.linear import IntegerLinear
@@ -140,6 +141,18 @@ class Target(ABC):
     @abstractmethod
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """JSON files that stand beside the weights, by file name."""
+
+    def stem(self, layout: Layout) -> str:
+        """How the files of weights begin."""
+        return "quant_model_weights"
+
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """``config.json`` of the export, from that of a float model."""
+        return dict(config)
+
+    def add(self, directory: Path) -> None:
+        """Write further files that are made from the whole checkpoint, when all else but the manifest is there."""
+        return
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """The errors of ``check`` for a plan; what is wrong alike at many sites is told once."""
