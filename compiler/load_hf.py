@@ -23,6 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .capture_experts import STACKS
 from .capture_experts import register as register_experts
 from .capture_grids import check_grids_run
 from .description import DESCRIPTION, METHOD, block_of, described, description_of
@@ -110,6 +111,9 @@ class Quantizer(HfQuantizer):
         name_of, self._grids = install(model, path, description, stored, dtype or stored)
         source = QuantizedCheckpoint(path, model, name_of)
         check_exact(model, source)
+        for module in model.modules():  # what is not in the files is initialized, by code that looks for stacks
+            if hasattr(module, STACKS):
+                module._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         expected = model.state_dict()
         named = ((disk, name_of(disk)) for disk in source.shards.entries)
         self._names = {disk: name for disk, name in named if name in expected}
