@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .capture_experts import register, stacks_of
 from .capture_model import subject
 from .errors import Refused
-from .load import renaming
+from .load_modules import renaming
 from .shards import read_json
 
 
@@ -64,7 +64,9 @@ def sizes_of(path: Path, trust_remote_code: bool = False) -> Sizes:
     register()
     raw = read_json(path / "config.json")
     if "model_type" not in raw:
-        raise Refused(f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is.")
+        raise Refused(
+            f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is."
+        )
     config = None
     if raw.get("quantization_config"):
         config = _plain(path, raw, trust_remote_code)
@@ -95,7 +97,9 @@ def sizes_on_meta(model: nn.Module) -> Sizes:
         if stacks := stacks_of(module):
             counts[name] = stacks[0].experts
             experts[name] = _of_an_expert(stacks)
-        elif isinstance(module, nn.Linear | Conv1D) and not any(f"{name}.".startswith(f"{e}.") for e in experts):
+        elif isinstance(module, nn.Linear | Conv1D) and not any(
+            f"{name}.".startswith(f"{e}.") for e in experts
+        ):
             out, width = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
             linears[name] = LinearShape(out, width, module.bias is not None, isinstance(module, Conv1D))
         elif isinstance(module, nn.Embedding):
@@ -106,12 +110,22 @@ def sizes_on_meta(model: nn.Module) -> Sizes:
         owner = first.setdefault(id(parameter), name)
         if owner != name:
             ties[name] = owner
-    state = {k: tuple(v.shape) for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)}
+    state = {
+        k: tuple(v.shape) for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, torch.Tensor)
+    }
     floats = {n: shape for n, shape in state.items() if n.rpartition(".")[0] not in linears}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     named = next((n for n, module in model.named_modules() if module is head), "") if head is not None else ""
     return Sizes(
-        type(model).__name__, linears, experts, counts, floats, ties, frozenset(embeddings), named, renaming(model)
+        type(model).__name__,
+        linears,
+        experts,
+        counts,
+        floats,
+        ties,
+        frozenset(embeddings),
+        named,
+        renaming(model),
     )
 
 

@@ -22,6 +22,7 @@ from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
 from .export import (
+    CARD,
     RUN,
     Output,
     check_written,
@@ -35,6 +36,7 @@ from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
+from .model_card import model_card
 from .named import named
 from .plan import Plan, make_plan
 from .plan_text import plan_text
@@ -48,6 +50,7 @@ from .solve import Progress, Solver
 from .source import ShapesOnly
 from .targets.ascendv1 import ROTATION_FILE
 from .targets.served import global_rotation
+from .targets.verdict import check_taken
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
@@ -268,7 +271,7 @@ def _work(
         check_written(output.path, layout.specs)
         planned.target.finish(output.path, layout)
         _beside(planned, layout, data, journal, output.path, options)
-        _judge(planned, output.path, options)
+        check_taken(planned.target, output.path, planned.tp, options.trust_remote_code)
         write_json(output.path / RUN, {
             "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak(),
             "estimated_peak_memory_bytes": estimate,
@@ -277,21 +280,6 @@ def _work(
             "removed": list(output.removed),
         })  # fmt: skip
     return journal
-
-
-def _judge(planned: Plan, path: Path, options: Options) -> None:
-    """Ask the target once more, of the files: Failed where it would not load them, or not as they are meant."""
-    if not (path / "config.json").is_file():
-        return
-    found = planned.target.judge(
-        path, tp=planned.tp, deep=False, trust_remote_code=options.trust_remote_code
-    )
-    wrong = [str(finding) for finding in found or () if finding.outcome != "warns"]
-    if wrong:
-        raise Failed(
-            f"{planned.target.spelling} would not take what was written, though the plan has no problem"
-            f" ({len(wrong)} findings):\n" + "\n".join(wrong[:5])
-        )
 
 
 def _paths(model: Model | Program) -> list[Path]:
@@ -359,6 +347,8 @@ def _beside(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
+    planned.target.add(path)
+    (path / CARD).write_text(model_card(planned, journal, data), encoding="utf-8")
     write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
 
 

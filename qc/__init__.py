@@ -49,7 +49,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     ".api": (
-        "analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verdict", "verify",
+        "analyze",
+        "capture",
+        "compile",
+        "evaluate",
+        "generate",
+        "load",
+        "plan",
+        "show",
+        "verdict",
+        "verify",
     ),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),

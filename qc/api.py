@@ -24,7 +24,18 @@ from .compiler.solve import Progress
 from .compiler.targets.verdict import verdict
 from .compiler.verify import verify
 
-__all__ = ["analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verdict", "verify"]
+__all__ = [
+    "analyze",
+    "capture",
+    "compile",
+    "evaluate",
+    "generate",
+    "load",
+    "plan",
+    "show",
+    "verdict",
+    "verify",
+]
 
 
 def plan(

@@ -47,7 +47,11 @@ def _fetched() -> Path | str:
     """The directory with the package, or why there is none."""
     given = os.environ.get("QC_VLLM_ASCEND")
     if given:
-        return Path(given) if (Path(given) / "vllm_ascend").is_dir() else f"QC_VLLM_ASCEND={given} holds no vllm_ascend"
+        return (
+            Path(given)
+            if (Path(given) / "vllm_ascend").is_dir()
+            else f"QC_VLLM_ASCEND={given} holds no vllm_ascend"
+        )
     final = cache_dir() / WHEEL.replace("==", "-")
     if (final / "vllm_ascend").is_dir():
         return final
@@ -85,7 +89,15 @@ def server() -> Path:
 def judge(directories: list[Path]) -> dict[Path, Verdict]:
     """What the server's classes say of each directory; one process for all, because it starts slowly."""
     script, package = tool(), server()
-    command = [sys.executable, "-c", HARNESS, str(script.parent), script.stem, str(package), *map(str, directories)]
+    command = [
+        sys.executable,
+        "-c",
+        HARNESS,
+        str(script.parent),
+        script.stem,
+        str(package),
+        *map(str, directories),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return {Path(path): verdict for path, verdict in json.loads(done.stdout.splitlines()[-1]).items()}

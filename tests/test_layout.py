@@ -23,7 +23,7 @@ READS_HUGGING_FACE = (
     "compiler/twin.py",
     "compiler/narrow.py",
     "compiler/weights.py",
-    "compiler/load.py",
+    "compiler/load*.py",
     "compiler/testing.py",
     "runtime/hf.py",
 )

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qc.compiler.cli import main
-from qc.compiler.errors import Refused
 from qc.compiler.targets.verdict import Verdict, verdict
 from tests import contract
 from tests.checkpoints import save_float, save_quantized
@@ -24,7 +22,12 @@ DESCRIPTION = "quant_model_description.json"
 WEIGHTS = "quant_model_weights.safetensors"
 L0 = "model.layers.0"
 O, DOWN = f"{L0}.self_attn.o_proj", f"{L0}.mlp.down_proj"  # noqa: E741
-GATE, UP, Q, K = f"{L0}.mlp.gate_proj", f"{L0}.mlp.up_proj", f"{L0}.self_attn.q_proj", f"{L0}.self_attn.k_proj"
+GATE, UP, Q, K = (
+    f"{L0}.mlp.gate_proj",
+    f"{L0}.mlp.up_proj",
+    f"{L0}.self_attn.q_proj",
+    f"{L0}.self_attn.k_proj",
+)
 
 
 @dataclass
@@ -211,7 +214,9 @@ def write(source: Path, out: Path, mutate: Mutation) -> Path:
 def corpus(good: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every mutated checkpoint."""
     folder = tmp_path_factory.mktemp("corpus")
-    named = {name: case[0] for name, case in MUTATIONS.items()} | {name: case[0] for name, case in SILENT.items()}
+    named = {name: case[0] for name, case in MUTATIONS.items()} | {
+        name: case[0] for name, case in SILENT.items()
+    }
     return {name: write(good, folder / str(i), mutate) for i, (name, mutate) in enumerate(named.items())}
 
 

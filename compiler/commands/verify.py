@@ -15,9 +15,12 @@ def add(commands: Any) -> None:
     command.add_argument("out", metavar="DIR")
     command.add_argument("--model", help="the checkpoint that it was made from: compare that one too")
     command.add_argument(
-        "--target", help="say whether this target loads DIR, refuses it or silently ruins it: vllm-ascend==0.18"
+        "--target",
+        help="say whether this target loads DIR, refuses it or silently ruins it: vllm-ascend==0.18",
     )
-    command.add_argument("--tp", type=int, help="with --target: tensor-parallel ranks of the server (default 1)")
+    command.add_argument(
+        "--tp", type=int, help="with --target: tensor-parallel ranks of the server (default 1)"
+    )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="with --target: run Python code of the checkpoint"
     )
@@ -38,7 +41,9 @@ def _run_checks(args: argparse.Namespace) -> int:
     from ..verify import verify
 
     if args.tp is not None or args.trust_remote_code:
-        raise Refused("--tp and --trust-remote-code are for --target: name who shall load it, or leave them out")
+        raise Refused(
+            "--tp and --trust-remote-code are for --target: name who shall load it, or leave them out"
+        )
     checks = verify(args.out, args.model)
     if args.json:
         print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
@@ -53,7 +58,9 @@ def _run_verdict(args: argparse.Namespace) -> int:
     from ..targets.verdict import verdict
 
     if args.model is not None:
-        raise Refused("--model compares with what the checkpoint was made from, --target with who loads it: give one")
+        raise Refused(
+            "--model compares with what the checkpoint was made from, --target with who loads it: give one"
+        )
     found = verdict(args.out, args.target, 1 if args.tp is None else args.tp, args.trust_remote_code)
     print(json.dumps(found.plain(), indent=2) if args.json else found)
     return 0 if found.word == "loads" else 1

@@ -81,6 +81,10 @@ class ModelSlim(Target):
         """The tensors of the ascendv1 layout."""
         return ascendv1.layout(parameters, sites, model, names, self.format_of)
 
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """With the place of the weights, for transformers."""
+        return ascendv1.config(config)
+
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file."""
         return {ascendv1.DESCRIPTION: ascendv1.description(layout)}

@@ -73,11 +73,15 @@ OTHERS = {
 
 def release_named(version: str) -> Release:
     """The release of a version as it is spelled: ``0.23``, ``0.23.0``, ``main``. Refused where it is none of these."""
-    short = ".".join(version.split(".")[:2]) if version.endswith(".0") and version.count(".") == 2 else version
+    short = (
+        ".".join(version.split(".")[:2]) if version.endswith(".0") and version.count(".") == 2 else version
+    )
     if short not in RELEASES:
         near = registry.close(version, RELEASES)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise Refused(f"unknown version {version!r} of vllm-ascend: there are rules for {', '.join(RELEASES)}{hint}")
+        raise Refused(
+            f"unknown version {version!r} of vllm-ascend: there are rules for {', '.join(RELEASES)}{hint}"
+        )
     return RELEASES[short]
 
 

@@ -62,7 +62,9 @@ def stored(directory: Path) -> Stored:
     if not directory.is_dir():
         raise Refused(f"{directory}: no such directory; give one that holds a checkpoint")
     if not (directory / "config.json").is_file():
-        raise Refused(f"{directory}: no config.json, so this is no checkpoint; give the directory that holds one")
+        raise Refused(
+            f"{directory}: no config.json, so this is no checkpoint; give the directory that holds one"
+        )
     config = read_json(directory / "config.json")
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -113,4 +115,6 @@ def _stale(index: Path) -> Iterator[Finding]:
         yield Finding("warns", "A2", index.name, "it cannot be read; vLLM does not look at it")
         return
     for name in sorted(n for n in names if not (index.parent / str(n)).is_file()):
-        yield Finding("warns", "A2", index.name, f"it lists {name}, which is not there; vLLM does not look at it")
+        yield Finding(
+            "warns", "A2", index.name, f"it lists {name}, which is not there; vLLM does not look at it"
+        )

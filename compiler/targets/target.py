@@ -125,7 +125,9 @@ class Target(ABC):
     def variant(self, version: str | None, device: str | None) -> Target:
         """The same for another version or device; Refused where there is one alone."""
         what = f"=={version}" if version is not None else f"[{device}]"
-        raise Refused(f"target {self.name}{what}: {self.name} has no versions and no devices; write {self.name}")
+        raise Refused(
+            f"target {self.name}{what}: {self.name} has no versions and no devices; write {self.name}"
+        )
 
     @abstractmethod
     def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
@@ -198,6 +200,10 @@ class Target(ABC):
             Refused: It is no checkpoint, or one that cannot be read.
         """
         return None
+
+    def add(self, directory: Path) -> None:
+        """Write further files that are made from the whole checkpoint, when all else but the manifest is there."""
+        return
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """The errors of ``check`` for a plan; what is wrong alike at many sites is told once."""

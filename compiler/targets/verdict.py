@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import Refused
+from ..errors import Failed, Refused
 from .spelled import target_named
-from .target import Finding, Outcome
+from .target import Finding, Outcome, Target
 
 ORDER: tuple[Outcome, ...] = ("refuses", "ruins", "warns")
 SHOWN = 20
@@ -68,9 +68,28 @@ def verdict(path: str | Path, target: Any, tp: int = 1, trust_remote_code: bool 
     chosen = target_named(target)
     found = chosen.judge(Path(path), tp=tp, trust_remote_code=trust_remote_code)
     if found is None:
-        raise Refused(f"target {chosen.spelling}: its files are written and never read, so nobody says what becomes of them")
+        raise Refused(
+            f"target {chosen.spelling}: its files are written and never read, so nobody says what becomes of them"
+        )
     ordered = sorted(dict.fromkeys(found), key=lambda one: ORDER.index(one.outcome))
     return Verdict(chosen.spelling, tp, tuple(ordered))
+
+
+def check_taken(target: Target, path: Path, tp: int, trust_remote_code: bool) -> None:
+    """Ask a target of the files of a compile, as they are going to lie there; weights are not read again.
+
+    Raises:
+        Failed: It would not load them, or not as they are meant, though the plan had no problem.
+    """
+    if not (path / "config.json").is_file():
+        return  # compiled from memory, without a config
+    found = target.judge(path, tp=tp, deep=False, trust_remote_code=trust_remote_code) or ()
+    wrong = [str(finding) for finding in found if finding.outcome != "warns"]
+    if wrong:
+        raise Failed(
+            f"{target.spelling} would not take what was written, though the plan has no problem"
+            f" ({len(wrong)} findings):\n" + "\n".join(wrong[:5])
+        )
 
 
 def _folded(findings: Iterable[Finding]) -> Iterator[str]:

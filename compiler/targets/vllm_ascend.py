@@ -115,6 +115,10 @@ class VllmAscend(Target):
             if site.fused and not site.expert
         }
 
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """With the place of the weights, for transformers."""
+        return ascendv1.config(config)
+
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file, by which the server recognises the checkpoint."""
         return {ascendv1.DESCRIPTION: ascendv1.description(layout)}

@@ -35,7 +35,9 @@ def judged(
     found += told
     if files.dtype not in HALF:
         shown = str(files.dtype or files.config.get("dtype") or files.config.get("torch_dtype"))
-        found.append(Finding("refuses", "A1", "config.json", f"the dtype {shown} is neither bfloat16 nor float16"))
+        found.append(
+            Finding("refuses", "A1", "config.json", f"the dtype {shown} is neither bfloat16 nor float16")
+        )
     for part, where in ((files.config, ""), (files.config.get("text_config"), "text_config.")):
         if isinstance(part, Mapping) and part.get("quantization_config"):
             found.append(Finding(
@@ -76,7 +78,11 @@ def _described(files: Stored) -> tuple[dict[str, Any] | None, list[Finding]]:
         return None, [Finding("refuses", "A1", DESCRIPTION, str(error).partition(": ")[2])]
     if described is None:
         if any(entry.dtype == torch.int8 for entry in files.entries.values()):
-            return None, [Finding("refuses", "A1", DESCRIPTION, "it is not there (ModelSlim Quantization Config Not Found)")]
+            return None, [
+                Finding(
+                    "refuses", "A1", DESCRIPTION, "it is not there (ModelSlim Quantization Config Not Found)"
+                )
+            ]
         note = f"it is not there: the server runs a float model, without --quantization ascend, and reads no {DESCRIPTION}"
         return dict.fromkeys(files.entries, FLOAT), [Finding("warns", "A1", DESCRIPTION, note)]
     odd = [key for key, value in described.items() if not isinstance(value, str | int | float | dict | list)]
@@ -92,7 +98,9 @@ def _tables(sizes: Sizes, types: Mapping[str, str], release: Release) -> Iterato
         if kind is None and not release.float_embedding:
             yield Finding("refuses", "A3", f"{name}.weight", "the description has no entry for it (KeyError)")
         elif kind not in (None, FLOAT):
-            yield Finding("refuses", "A3", f"{name}.weight", f"it is {kind}, and embeddings are served in float alone")
+            yield Finding(
+                "refuses", "A3", f"{name}.weight", f"it is {kind}, and embeddings are served in float alone"
+            )
 
 
 def _keys(files: Stored, described: Mapping[str, Any], server: Served) -> Iterator[Finding]:

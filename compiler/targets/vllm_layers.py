@@ -141,7 +141,11 @@ def _type_of(
         if len(given) > 1:
             listed = ", ".join(f"{name.rpartition('.')[2]} is {kind}" for name, kind in kinds.items())
             what = "some of them are float" if FLOAT in given else "they need one type"
-            told.append(Finding("refuses", "A4", layer.name, f"the server runs it as one linear, and {listed}: {what}"))
+            told.append(
+                Finding(
+                    "refuses", "A4", layer.name, f"the server runs it as one linear, and {listed}: {what}"
+                )
+            )
             return None
         kind = next(iter(given))
     else:
@@ -198,7 +202,9 @@ def _mixture(
         found.findings += [_no_entry(f"{name}.0.{one}") for one in missing]
         if not missing:
             listed = ", ".join(f"{one} is {kind}" for one, kind in kinds.items())
-            found.findings.append(Finding("refuses", "A4", f"{name}.0", f"experts have one type, and {listed}"))
+            found.findings.append(
+                Finding("refuses", "A4", f"{name}.0", f"experts have one type, and {listed}")
+            )
         return
     (kind,) = given
     if kind != FLOAT and (kind not in release.experts or kind == "W4A16"):
@@ -223,5 +229,11 @@ def _mixture(
                 ))  # fmt: skip
             found.kinds[own] = kind
             found.parameters[own] = expert_parameters(
-                kind, shape.out, shape.width, dtype, bias=shape.bias, group=group, row_parallel=one in ROW_PARALLEL
+                kind,
+                shape.out,
+                shape.width,
+                dtype,
+                bias=shape.bias,
+                group=group,
+                row_parallel=one in ROW_PARALLEL,
             )

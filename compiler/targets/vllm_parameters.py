@@ -32,7 +32,15 @@ class Parameter:
 
 
 def linear_parameters(
-    kind: str, out: int, width: int, dtype: torch.dtype, *, bias: bool, ranks: int, group: int, row_parallel: bool
+    kind: str,
+    out: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    bias: bool,
+    ranks: int,
+    group: int,
+    row_parallel: bool,
 ) -> dict[str, Parameter]:
     """The parameters of a linear of type ``kind`` in a model of ``dtype``, as they lie on disk.
 
@@ -79,7 +87,9 @@ def linear_parameters(
             }
     elif kind == "W4A8_DYNAMIC":
         if not group:
-            raise ValueError("it has linears of W4A8_DYNAMIC in groups alone, and group_size is 0 (ZeroDivisionError)")
+            raise ValueError(
+                "it has linears of W4A8_DYNAMIC in groups alone, and group_size is 0 (ZeroDivisionError)"
+            )
         grouped = Parameter(dtype, (out, width // group))
         own = channel | {
             "weight": Parameter(INT8, (out // 2, width)),
@@ -103,7 +113,9 @@ def expert_parameters(
     elif kind == "W8A8_DYNAMIC":
         own = integers | channel
     elif kind == "W8A8_MIX":
-        own = integers | channel | {"deq_scale": Parameter(F32, (out,)), "input_offset": Parameter(INT8, (1,))}
+        own = (
+            integers | channel | {"deq_scale": Parameter(F32, (out,)), "input_offset": Parameter(INT8, (1,))}
+        )
     elif kind == "W4A8_DYNAMIC":
         wide = {name: replace(one, dtype=F32) for name, one in channel.items()}
         own = wide | {

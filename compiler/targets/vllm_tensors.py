@@ -17,7 +17,13 @@ from .vllm_parameters import Parameter
 
 CACHE = re.compile(r"(?P<attention>.*)\.[kv]_proj\.kv_cache_(scale|offset)")
 ATTENTION = re.compile(r"(?P<attention>.*)\.fa_[qkv]\.(scale|offset)")
-SKIPPED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".masked_bias", ".attn.bias")
+SKIPPED = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    ".masked_bias",
+    ".attn.bias",
+)
 """Endings of tensors that vLLM passes over, and that no model needs."""
 LOSS = 1e-2
 """Relative error from which a cast is one that changes a model."""
@@ -71,12 +77,18 @@ def fits(files: Stored, disk: str, entry: TensorSpec, parameter: Parameter) -> I
     """Whether a tensor can be copied into a parameter, and is then still what it was."""
     if entry.shape != parameter.shape:
         yield Finding(
-            "refuses", "A5", disk, f"its shape is {list(entry.shape)}, the server has {list(parameter.shape)} there"
+            "refuses",
+            "A5",
+            disk,
+            f"its shape is {list(entry.shape)}, the server has {list(parameter.shape)} there",
         )
     elif entry.dtype != parameter.dtype and parameter.read and lossy(files.read(disk), parameter.dtype):
         stored_as = str(entry.dtype).removeprefix("torch.")
         yield Finding(
-            "ruins", "A5", disk, f"it is {stored_as} and is copied into {parameter}: other numbers, without a word"
+            "ruins",
+            "A5",
+            disk,
+            f"it is {stored_as} and is copied into {parameter}: other numbers, without a word",
         )
 
 
@@ -94,12 +106,12 @@ def _unknown(files: Stored, disk: str, leaf: str, why: str) -> Finding:
         return Finding("refuses", "A6", disk, f"{why}: the server has no parameter of that name")
     if not files.read(disk).any():
         return Finding("warns", "A6", disk, f"{why}: the server skips it, and it is zero")
-    return Finding("ruins", "A6", disk, f"{why}: the server skips a bias that it does not know, without a word")
+    return Finding(
+        "ruins", "A6", disk, f"{why}: the server skips a bias that it does not know, without a word"
+    )
 
 
-def _tied(
-    files: Stored, sizes: Sizes, disk: str, name: str, names: Mapping[str, str]
-) -> Iterator[Finding]:
+def _tied(files: Stored, sizes: Sizes, disk: str, name: str, names: Mapping[str, str]) -> Iterator[Finding]:
     """A tensor that config.json ties to another: the server drops it."""
     owner = sizes.ties.get(name)
     there = next((d for d, n in names.items() if n == owner), None)
@@ -113,7 +125,10 @@ def _tied(
         yield Finding("warns", "A7", disk, f"tie_word_embeddings is true: it is dropped, and equals {there}")
     else:
         yield Finding(
-            "ruins", "A7", disk, f"tie_word_embeddings is true: it is dropped without a word, and {owner} stands for it"
+            "ruins",
+            "A7",
+            disk,
+            f"tie_word_embeddings is true: it is dropped without a word, and {owner} stands for it",
         )
 
 
@@ -127,7 +142,11 @@ def _unfilled(sizes: Sizes, server: Served, filled: set[str]) -> Iterator[Findin
             if leaf == "bias" and kind == "W8A8":
                 continue  # folded into quant_bias, and never read
             yield _missing(f"{module}.{leaf}", kind)
-    stacked = {f"{name}." for name in sizes.experts if f"{name}.0" in {m.rpartition(".")[0] for m in server.parameters}}
+    stacked = {
+        f"{name}."
+        for name in sizes.experts
+        if f"{name}.0" in {m.rpartition(".")[0] for m in server.parameters}
+    }
     split = {f"{name}." for name in sizes.experts if any(m.startswith(f"{name}.0.") for m in server.refused)}
     for name in sizes.floats:
         if name in filled or name in sizes.ties or name.startswith(tuple(stacked | split)):
@@ -137,7 +156,10 @@ def _unfilled(sizes: Sizes, server: Served, filled: set[str]) -> Iterator[Findin
 
 def _missing(name: str, kind: str) -> Finding:
     return Finding(
-        "ruins", "A5", name, f"{kind} needs it and it is in no file: the server goes on with uninitialised memory"
+        "ruins",
+        "A5",
+        name,
+        f"{kind} needs it and it is in no file: the server goes on with uninitialised memory",
     )
 
 

@@ -41,7 +41,11 @@ def _wrong(leaf: str, kind: str, tensor: Tensor, wanted: torch.dtype) -> str:
         if tensor.dtype != torch.int8:
             return ""  # told by its dtype
         least, most = int(tensor.min()), int(tensor.max())
-        return "" if -8 <= least and most <= 7 else f"int4 from {least} to {most}: packing keeps the lowest four bits"
+        return (
+            ""
+            if least >= -8 and most <= 7
+            else f"int4 from {least} to {most}: packing keeps the lowest four bits"
+        )
     if leaf in ("deq_scale", "input_scale", "weight_scale", "weight_scale_second"):
         if tensor.dtype == torch.int64:
             tensor = tensor.to(torch.int32).view(torch.float32)
@@ -54,7 +58,9 @@ def _wrong(leaf: str, kind: str, tensor: Tensor, wanted: torch.dtype) -> str:
         return "the server reads no offset of such weights, and this one is not zero" if tensor.any() else ""
     if leaf == "clip_ratio":
         fine = bool(((tensor > 0) & (tensor <= 1)).all())
-        return "" if fine else f"a clip ratio of {float(tensor.reshape(-1)[0]):g}; it is above 0 and at most 1"
+        return (
+            "" if fine else f"a clip ratio of {float(tensor.reshape(-1)[0]):g}; it is above 0 and at most 1"
+        )
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         return "some numbers are not finite"
     return ""
@@ -69,9 +75,13 @@ def sizes_of_ops(sizes: Sizes, server: Served) -> Iterator[Finding]:
         shape = sizes.linears.get(name)
         out, width = (shape.out, shape.width) if shape else parameters["weight"].shape
         if max(out, width) > LONGEST_SIDE:
-            yield Finding("refuses", "A10", name, f"{max(out, width)} channels; its op takes at most {LONGEST_SIDE}")
+            yield Finding(
+                "refuses", "A10", name, f"{max(out, width)} channels; its op takes at most {LONGEST_SIDE}"
+            )
         if kind.startswith("W4A4") and (out % 8 or width % 8):
-            yield Finding("refuses", "A10", name, f"int4 goes in packs of 8, and it has {width} in and {out} out")
+            yield Finding(
+                "refuses", "A10", name, f"int4 goes in packs of 8, and it has {width} in and {out} out"
+            )
         if "right_trans" in parameters and parameters["right_trans"].shape[0] > SAFE_FACTOR:
             side = parameters["right_trans"].shape[0]
             yield Finding(
@@ -83,7 +93,11 @@ def grids(
     files: Stored, sizes: Sizes, release: Release, names: Mapping[str, str], described: Mapping[str, object]
 ) -> Iterator[Finding]:
     """A11: int8 caches and attentions."""
-    config = files.config.get("text_config") if isinstance(files.config.get("text_config"), Mapping) else files.config
+    config = (
+        files.config.get("text_config")
+        if isinstance(files.config.get("text_config"), Mapping)
+        else files.config
+    )
     assert isinstance(config, Mapping)
     switched = described.get("kv_cache_type") == "C8"
     heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
@@ -95,7 +109,10 @@ def grids(
         entry = files.entries[disk]
         if ATTENTION.fullmatch(name) and not (described.get("fa_quant_type") and "kv_lora_rank" in config):
             yield Finding(
-                "refuses", "A11", disk, "int8 attentions are served over a latent (MLA) alone: there is no such parameter"
+                "refuses",
+                "A11",
+                disk,
+                "int8 attentions are served over a latent (MLA) alone: there is no such parameter",
             )
         if not CACHE.fullmatch(name):
             continue
@@ -108,10 +125,15 @@ def grids(
             count *= side
         if count != heads * per_head:
             yield Finding(
-                "refuses", "A11", disk, f"{count} numbers; the first step views them as {heads} heads of {per_head}"
+                "refuses",
+                "A11",
+                disk,
+                f"{count} numbers; the first step views them as {heads} heads of {per_head}",
             )
         elif per_head % 32:
-            yield Finding("refuses", "A11", disk, f"heads of {per_head} channels; its cache needs a multiple of 32")
+            yield Finding(
+                "refuses", "A11", disk, f"heads of {per_head} channels; its cache needs a multiple of 32"
+            )
         elif name.endswith("offset") and not release.reads_offsets and bool(files.read(disk).any()):
             why = "it is added when the cache is written and not taken off when it is read"
             yield Finding("ruins", "A11", disk, why)
