@@ -55,8 +55,8 @@ class Sizes:
     """From the name of a tensor on disk to that in the model."""
 
 
-def sizes_of(path: Path, trust_remote_code: bool = False) -> Sizes:
-    """The sizes that ``path/config.json`` says; a ``quantization_config`` in it is passed over.
+def model_on_meta(path: Path, trust_remote_code: bool = False) -> Any:
+    """The model that ``path/config.json`` says, on meta; a ``quantization_config`` in it is passed over.
 
     Raises:
         Refused: transformers knows no such model, or it needs code that is not trusted.
@@ -64,14 +64,14 @@ def sizes_of(path: Path, trust_remote_code: bool = False) -> Sizes:
     register()
     raw = read_json(path / "config.json")
     if "model_type" not in raw:
-        raise Refused(
-            f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is."
-        )
-    config = None
-    if raw.get("quantization_config"):
-        config = _plain(path, raw, trust_remote_code)
-    given = subject(path, config=config, trust_remote_code=trust_remote_code)
-    return sizes_on_meta(given.on_meta(None, experts=None))
+        raise Refused(f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is.")
+    config = _plain(path, raw, trust_remote_code) if raw.get("quantization_config") else None
+    return subject(path, config=config, trust_remote_code=trust_remote_code).on_meta(None, experts=None)
+
+
+def sizes_of(path: Path, trust_remote_code: bool = False) -> Sizes:
+    """The sizes of ``model_on_meta``; Refused likewise."""
+    return sizes_on_meta(model_on_meta(path, trust_remote_code))
 
 
 def _plain(path: Path, raw: Mapping[str, Any], trust_remote_code: bool) -> Any:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from .journal import FILE as JOURNAL
 from .journal import quantized
 from .load_modules import format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
-from .shards import Shards, find_shards, read_json
+from .shards import find_shards, read_json
 
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
@@ -83,7 +83,7 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
         dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     except Refused as error:
         return (*checks, Check("tensors", "", (str(error),)))
-    modules, wrong = _modules(shards, description, dtype)
+    modules, wrong = modules_of(shards, description, dtype)
     checks.append(
         Check(
             "tensors",
@@ -151,10 +151,22 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _modules(
-    shards: Shards, description: Mapping[str, Any], dtype: torch.dtype | None
+class Headers(Protocol):
+    """Whatever knows the headers of the tensors of a directory."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Name on disk to dtype, shape and place."""
+        ...
+
+
+def modules_of(
+    shards: Headers, description: Mapping[str, Any], dtype: torch.dtype | None, *, exact: bool = True
 ) -> tuple[dict[str, IntegerLinear], list[str]]:
-    """The integer linears by their prefix, on meta, and what of the tensors does not fit the description."""
+    """The integer linears by their prefix, on meta, and what of the tensors does not fit the description.
+
+    ``exact`` False lets scales, offsets and biases have other dtypes than those that qc writes, as other tools do.
+    """
     types = {
         name: kind
         for name, kind in description.items()
@@ -195,7 +207,7 @@ def _modules(
             )
             if entry is None:
                 wrong.append(f"{prefix}.{leaf} is missing, {module.type} needs it")
-            elif (entry.dtype, entry.shape) != (want.dtype, want.shape):
+            elif entry.shape != want.shape or (entry.dtype != want.dtype and (exact or leaf == "weight")):
                 wrong.append(
                     f"{prefix}.{leaf} is {TensorSpec(entry.dtype, entry.shape)}, {module.type} needs {want}"
                 )
