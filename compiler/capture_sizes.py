@@ -64,7 +64,9 @@ def model_on_meta(path: Path, trust_remote_code: bool = False) -> Any:
     register()
     raw = read_json(path / "config.json")
     if "model_type" not in raw:
-        raise Refused(f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is.")
+        raise Refused(
+            f"{path / 'config.json'} has no model_type, so transformers cannot tell what model it is."
+        )
     config = _plain(path, raw, trust_remote_code) if raw.get("quantization_config") else None
     return subject(path, config=config, trust_remote_code=trust_remote_code).on_meta(None, experts=None)
 

@@ -16,7 +16,11 @@ from .scheme import Int, LinearScheme, Rule
 SCOPES: Mapping[str, str] = {
     "channel": "per_channel", "group": "per_group", "token": "per_token", "tensor": "per_tensor", "mix": "pd_mix",
 }  # fmt: skip
-SAVERS = {"modelslim": "ascendv1_saver", "mindie": "mindie_format_saver", "compressed-tensors": "compressed_tensors"}
+SAVERS = {
+    "modelslim": "ascendv1_saver",
+    "mindie": "mindie_format_saver",
+    "compressed-tensors": "compressed_tensors",
+}
 """Targets that a recipe can ask for, and the savers that mean them."""
 ALIASES = {"autoround": "autoround_quant"}
 """Names that the reference tool knows."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from ..capture_sizes import model_on_meta
@@ -31,11 +33,15 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
     model = model_on_meta(directory, trust_remote_code)
     try:
         config = QuantizationConfig.model_validate(dict(block))
-        apply_quantization_config(model, config, run_compressed=False)
-        ModelCompressor(quantization_config=config).compress_model(model=model)
+        with redirect_stderr(io.StringIO()):  # progress bars of the library
+            apply_quantization_config(model, config, run_compressed=False)
+            ModelCompressor(quantization_config=config).compress_model(model=model)
     except Exception as error:  # pydantic and the library raise what they like
         reason = " ".join(str(error).split())[:300]
-        return (*found, Finding("refuses", "C1", "config.json", f"the library refuses its quantization_config: {reason}"))
+        return (
+            *found,
+            Finding("refuses", "C1", "config.json", f"the library refuses its quantization_config: {reason}"),
+        )
     find_shards(directory)  # transformers reads by the same names
     wanted = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     ties = _ties(model)
@@ -43,7 +49,9 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
         if name in ties:
             continue
         if name not in wanted:
-            found.append(Finding("ruins", "C2", name, "the model has no such tensor: transformers leaves it out"))
+            found.append(
+                Finding("ruins", "C2", name, "the model has no such tensor: transformers leaves it out")
+            )
         else:
             found += [_renamed(one) for one in fits(files, name, entry, Parameter(*wanted[name]))]
     for name in wanted:

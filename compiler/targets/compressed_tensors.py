@@ -81,8 +81,14 @@ class CompressedTensors(Target):
                     "take a group size that does, or exclude it",
                 ))  # fmt: skip
             if site.expert or site.transposed:
-                what = "an expert's, and transformers holds experts in stacks" if site.expert else "stored as [in, out]"
-                found.append(Problem("module", site.name, f"its weight is {what}", "exclude it from quantization"))
+                what = (
+                    "an expert's, and transformers holds experts in stacks"
+                    if site.expert
+                    else "stored as [in, out]"
+                )
+                found.append(
+                    Problem("module", site.name, f"its weight is {what}", "exclude it from quantization")
+                )
         for norm in model.norm_biases:
             found.append(Problem(
                 "norm-bias", norm.norm, f"{norm.added_by} gives it a bias, for which the model has no place",

@@ -40,7 +40,10 @@ class MindieW8A8(W8A8):
         """The tensors on disk. ValueError as for every format."""
         packed = super().pack(q, dtype, row_parallel)
         bits = packed["deq_scale"]
-        return {**packed, "deq_scale": bits.to(torch.int32).view(torch.float32) if bits.dtype == torch.int64 else bits}
+        return {
+            **packed,
+            "deq_scale": bits.to(torch.int32).view(torch.float32) if bits.dtype == torch.int64 else bits,
+        }
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,12 @@ class Mindie(ModelSlim):
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
         """What the layout has no place for; types besides W8A8."""
         return tuple(
-            Problem(p.rule, p.site, p.message, "take w8a8 or w8a8-static, the types that the saver of MindIE writes")
+            Problem(
+                p.rule,
+                p.site,
+                p.message,
+                "take w8a8 or w8a8-static, the types that the saver of MindIE writes",
+            )
             if p.rule == "type"
             else p
             for p in super().check(sites, model)
@@ -101,7 +109,9 @@ def _described(directory: Path) -> dict[str, Any] | None:
     """The one description of a directory, whatever type it is named after."""
     found = sorted(directory.glob(f"{DESCRIPTION}*.json"))
     if len(found) > 1:
-        raise Refused(f"there are {len(found)} ({', '.join(file.name for file in found)}), and nobody says which counts")
+        raise Refused(
+            f"there are {len(found)} ({', '.join(file.name for file in found)}), and nobody says which counts"
+        )
     return read_json(found[0]) if found else None
 
 

@@ -33,7 +33,9 @@ class Numpy(ModelSlim):
     """``quant_weight.npy``, ``deq_scale.npy`` and so on: names of linears to arrays. What stays float is not there."""
 
     name: ClassVar[str] = "numpy"
-    summary: ClassVar[str] = "dictionaries in .npy files, for readers of the older interface; written, never read"
+    summary: ClassVar[str] = (
+        "dictionaries in .npy files, for readers of the older interface; written, never read"
+    )
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """Those of the layout, and float tensors that a pass rewrites: there is no place for them."""
@@ -57,7 +59,10 @@ class Numpy(ModelSlim):
             if found is not None:
                 kinds.setdefault(found[0], []).append((found[1], name))
         for kind, keys in kinds.items():
-            arrays = {key: array(read_tensors(entries[name][0], {name: entries[name][1]})[name]) for key, name in keys}
+            arrays = {
+                key: array(read_tensors(entries[name][0], {name: entries[name][1]})[name])
+                for key, name in keys
+            }
             np.save(directory / f"{kind}.npy", np.array(arrays, dtype=object), allow_pickle=True)
         for file in (*shards, *directory.glob("*.safetensors.index.json")):
             file.unlink()
