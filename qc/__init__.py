@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .api import evaluate as evaluate
     from .api import generate as generate
     from .api import load as load
+    from .api import load_program as load_program
     from .api import plan as plan
+    from .api import set_phase as set_phase
     from .api import show as show
     from .api import verify as verify
     from .compiler.contract import EXACT as EXACT
@@ -47,7 +49,19 @@ if TYPE_CHECKING:
     from .compiler.scheme import Scheme as Scheme
 
 _HOMES = {
-    ".api": ("analyze", "capture", "compile", "evaluate", "generate", "load", "plan", "show", "verify"),
+    ".api": (
+        "analyze",
+        "capture",
+        "compile",
+        "evaluate",
+        "generate",
+        "load",
+        "load_program",
+        "plan",
+        "set_phase",
+        "show",
+        "verify",
+    ),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),
