@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..runtime import ops
 from ..runtime.linear import IntegerLinear
+from ..runtime.ops import npu_known
 from .attention import attend
 from .capture_attention import NAME, Uncarried, register
 from .capture_grids import NAME as GRIDS
@@ -87,11 +88,6 @@ def program_of(model: PreTrainedModel, *, npu: bool = False) -> ExportedProgram:
         raise Refused(
             f"{type(model).__name__} cannot be made a program ({type(error).__name__}: {reason}); take another --target"
         ) from error
-
-
-def npu_known() -> bool:
-    """Whether schemas of torch_npu are registered in this process."""
-    return hasattr(torch.ops.npu, "npu_quant_matmul")
 
 
 def save_programs(directory: Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from qc.compiler.load import load
 from qc.compiler.model_card import write_accuracy
 from qc.runtime.phase import set_phase
 
+READERS = ("embed", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")
 TOKENS = torch.arange(3, 43).reshape(2, 20)
 
 
@@ -40,11 +41,7 @@ def rotated(model: nn.Module, seed: int = 3) -> nn.Module:
             wide = weight.double()
             if name.endswith("norm.weight"):
                 wide = torch.ones_like(wide)
-            elif (
-                "embed" in name
-                or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-                or name.endswith(("gate_proj.weight", "up_proj.weight", "lm_head.weight"))
-            ):
+            elif any(part in name for part in READERS):
                 wide = wide @ q
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 wide = q.T @ wide

@@ -11,8 +11,9 @@ from checkpoints import save_float, save_quantized
 import qc
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
-from qc.compiler.program_file import Logits, npu_known, program_of, save_programs
+from qc.compiler.program_file import Logits, program_of, save_programs
 from qc.runtime.formats import FORMATS
+from qc.runtime.ops import npu_known
 
 
 @pytest.mark.parametrize("kind", FORMATS)

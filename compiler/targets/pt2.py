@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from ...runtime.ops import npu_known
 from .modelslim import ModelSlim
+from .served import LinearSite, ModelFacts
+from .target import Problem
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -18,6 +22,26 @@ class Pt2(ModelSlim):
 
     name: ClassVar[str] = "pt2"
     summary: ClassVar[str] = "a torch.export program, beside the ascendv1 layout"
+
+    def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
+        """What the layout has no type for, and where torch_npu is imported what its ops cannot compute."""
+        found = list(super().check(sites, model))
+        if not npu_known():
+            return tuple(found)
+        for site in sites:
+            weight = site.scheme.weight
+            grouped = weight is not None and weight.group and site.scheme.act is not None
+            if grouped or (site.rotated and site.blocks > 1):
+                what = "scales per group" if grouped else f"a rotation over {site.blocks} ranks"
+                found.append(
+                    Problem(
+                        "npu",
+                        site.name,
+                        f"{site.scheme} with {what} has no op in torch_npu, which is imported",
+                        "take another scheme, or compile where torch_npu is not imported, for the portable program alone",
+                    )
+                )
+        return tuple(found)
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """Also code that has no graph, and a model that no config describes."""
