@@ -17,6 +17,7 @@ from .capture_model import constants, is_hub_id, subject
 from .description import description_of, own_block
 from .errors import Refused
 from .load_modules import QuantizedCheckpoint, check_exact, install
+from .shards import read_json
 from .weights import Checkpoint
 
 
@@ -39,7 +40,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     given = subject(path, config=None, trust_remote_code=False, ours=True)
     path = given.path or Path(path)
     description = description_of(path)
-    stored = stored_dtype(path, given.config)
+    stored = stored_dtype(path)
     chosen = replace(given, dtype=dtype or stored, stored=None)
     model = chosen.on_meta(None, experts=None)
     if not isinstance(model, PreTrainedModel):
@@ -82,12 +83,14 @@ def load_tokenizer(path: str | Path) -> Any:
         ) from error
 
 
-def stored_dtype(path: Path, config: Any) -> torch.dtype:
+def stored_dtype(path: Path) -> torch.dtype:
     """The dtype of the model that a directory was made for: integer linears hold some of their tensors in it."""
-    found: Any = (own_block(path) or {}).get("dtype")
-    found = found or getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    found = getattr(torch, found, None) if isinstance(found, str) else found
-    return found or torch.float32
+    config = read_json(path / "config.json")
+    for part in (own_block(path) or {}, config, config.get("text_config") or {}):
+        found = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
+        if isinstance(found, torch.dtype):
+            return found
+    return torch.float32
 
 
 def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -104,11 +104,17 @@ class Quantizer(HfQuantizer):
             )
         path = self._path = Path(checkpoint_files[0]).parent
         description = self._description(model, path)
-        stored = stored_dtype(path, model.config)
+        stored = stored_dtype(path)
         if self.quantization_config.dtype is not None:
             stored = getattr(torch, self.quantization_config.dtype)
         self.quantization_config.fill(description, stored)
         name_of, self._grids = install(model, path, description, stored, dtype or stored)
+        for (
+            tied,
+            owner,
+        ) in model.all_tied_weights_keys.items():  # transformers ties at the end; the check is before
+            module, _, leaf = tied.rpartition(".")
+            setattr(model.get_submodule(module), leaf, model.get_parameter(owner))
         source = QuantizedCheckpoint(path, model, name_of)
         check_exact(model, source)
         for (

@@ -94,13 +94,13 @@ def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
     ])  # fmt: skip
 
 
-def write_accuracy(directory: Path, text: str) -> None:
+def write_accuracy(directory: str | Path, text: str) -> None:
     """Put measured accuracy into the card of a directory, in the place of what it says of it.
 
     Raises:
         Refused: There is no card, or the marks between which it stands are gone.
     """
-    path = directory / CARD
+    path = Path(directory) / CARD
     if not path.is_file():
         raise Refused(f"{directory}: no {CARD} to write into; qc compile makes one")
     card = path.read_text(encoding="utf-8")

@@ -395,7 +395,6 @@ def unused(glob: str, names: Iterable[str], program: Program) -> str:
 def suggest(glob: str, names: Iterable[str]) -> str:
     """``; did you mean '*.down_proj'?``: the glob with its last component spelled as a module is."""
     head, dot, last = glob.rpartition(".")
-    close = difflib.get_close_matches(
-        last.strip("*"), sorted({name.rpartition(".")[2] for name in names}), n=1
-    )
+    known = sorted({name.rpartition(".")[2] for name in names})
+    close = difflib.get_close_matches(last.strip("*"), known, n=1)
     return f"; did you mean {head + dot + close[0]!r}?" if close else ""

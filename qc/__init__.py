@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .api import evaluate as evaluate
     from .api import generate as generate
     from .api import load as load
+    from .api import load_program as load_program
     from .api import plan as plan
+    from .api import set_phase as set_phase
     from .api import show as show
     from .api import verdict as verdict
     from .api import verify as verify
@@ -55,7 +57,9 @@ _HOMES = {
         "evaluate",
         "generate",
         "load",
+        "load_program",
         "plan",
+        "set_phase",
         "show",
         "verdict",
         "verify",

@@ -17,25 +17,19 @@ from .compiler.generate import generate
 from .compiler.load import load
 from .compiler.plan import Plan
 from .compiler.program import Program
+from .compiler.program_file import load_program
 from .compiler.recipe import read_recipe
 from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
 from .compiler.targets.verdict import verdict
 from .compiler.verify import verify
+from .runtime.phase import set_phase
 
 __all__ = [
-    "analyze",
-    "capture",
-    "compile",
-    "evaluate",
-    "generate",
-    "load",
-    "plan",
-    "show",
-    "verdict",
-    "verify",
-]
+    "analyze", "capture", "compile", "evaluate", "generate", "load", "load_program", "plan", "set_phase", "show",
+    "verdict", "verify",
+]  # fmt: skip
 
 
 def plan(

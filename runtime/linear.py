@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from .int_matmul import int_matmul
 from .kronecker import rotate
 from .low_rank import FACTORS, low_rank
-from .quantize import dequantize
 from .quantized import QuantizedLinear
 
 ROTATIONS = {
@@ -25,8 +23,8 @@ class IntegerLinear(nn.Module, ABC):
     """A linear whose ``state_dict`` is exactly its tensors in an ascendv1 checkpoint: names, dtypes, shapes.
 
     A subclass says in ``tensors`` what it stores; buffers of that kind are allocated (they may live on meta)
-    and filled by ``load_state_dict``. ``forward`` is the NPU op's arithmetic: exact integer sums, float32
-    scales, one rounding to the input's dtype. Inputs are float of [..., in_features].
+    and filled by ``load_state_dict``. ``forward`` is one op of the namespace ``qc``, whose arithmetic is the
+    NPU's: exact integer sums, float32 scales, one rounding to the input's dtype. Inputs are float of [..., in_features].
     """
 
     type: ClassVar[str]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -43,6 +41,10 @@ class IntegerLinear(nn.Module, ABC):
     """Whether two int4 share a byte on disk."""
     grouped: ClassVar[bool] = True
     """Whether the weight's scales may be per group of input channels."""
+    adds_bias: ClassVar[bool] = False
+    """Whether the op adds the bias before it rounds; else it is added to what the op returns, as the server does."""
+    prepared: bool = False
+    """Whether the tensors are in the form that the NPU takes, and no longer in that on disk."""
 
     def __init__(
         self,
@@ -175,21 +177,36 @@ class IntegerLinear(nn.Module, ABC):
         return self.weight
 
     @abstractmethod
-    def rows(self, x: Tensor) -> Tensor:
-        """The linear without its bias, of [rows, in_features] to float [rows, out_features]."""
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The op of this format: [..., in_features] to [..., out_features] in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features] in the dtype of x."""
-        rows = self.turned(x.reshape(-1, self.in_features))
-        y = self.rows(rows)
+        x = self.turned(x)
+        bias = self.added_bias
+        inside = bias if self.adds_bias and not self.rank else None
+        y = self.compute(x, inside)
         if self.rank:
-            y = y + low_rank(rows, *(self.get_buffer(name) for name in FACTORS)).to(y.dtype)
-        if self.bias is not None:
-            y = y + self.bias.to(y.dtype)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+            y = y + low_rank(x, *(self.get_buffer(name) for name in FACTORS))
+        return y if bias is inside else y + bias.to(y.dtype)
+
+    def prepare_for_npu(self) -> Self:
+        """Bring the tensors into the form in which ``torch_npu`` takes them: what the NPU bodies of the ops need.
+
+        Done once, in place; what is computed stays the same. int4 weights are packed, eight to an int32, scales
+        are rounded as the server rounds them. ``state_dict`` is no longer that on disk, and cannot be loaded again.
+        """
+        if not self.prepared:
+            self._prepare()
+            self.prepared = True
+        return self
+
+    def _prepare(self) -> None:
+        if "weight_scale" in self._buffers:
+            self.weight_scale = self.scale
 
     def turned(self, x: Tensor) -> Tensor:
-        """Rows [rows, in_features] behind ``rotation``."""
+        """x [..., in_features] behind ``rotation``."""
         if self.rotation is None:
             return x
         kind, left, right = self.rotation
@@ -199,17 +216,17 @@ class IntegerLinear(nn.Module, ABC):
         return rotate(x, matrix, self.get_buffer(ROTATIONS[kind][1]))
 
     @property
+    def added_bias(self) -> Tensor | None:
+        """The float bias [out_features] that the output still needs."""
+        return self.bias
+
+    @property
     def scale(self) -> Tensor:
         """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
-        return self.get_buffer("weight_scale").to(self.scale_dtype(self.dtype)).to(torch.float32)
-
-    def product(self, integers: Tensor, scale: Tensor) -> Tensor:
-        """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out]."""
-        if self.group_size:
-            y = integers.to(torch.float32) @ dequantize(self.integers, self.scale).t()
-        else:
-            y = int_matmul(integers, self.integers).to(torch.float32) * self.scale.t()
-        return y * scale
+        stored = self.get_buffer("weight_scale")
+        if self.prepared:
+            return stored
+        return stored.to(self.scale_dtype(self.dtype)).to(torch.float32)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

@@ -24,6 +24,7 @@ READS_HUGGING_FACE = (
     "compiler/narrow.py",
     "compiler/weights.py",
     "compiler/load*.py",
+    "compiler/program_file.py",
     "compiler/testing.py",
     "runtime/hf.py",
 )

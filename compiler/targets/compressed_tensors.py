@@ -72,8 +72,8 @@ class CompressedTensors(Target):
                 continue
             if self.format_of(site.scheme, False) is None:
                 found.append(Problem(
-                    "type", site.name, f"{site.scheme} is not among what is written: W8A8, W4A8, W8A16, W4A16, symmetric"
-                    " weights", "take w8a8, w8a8-static, w4a8, w8a16 or w4a16",
+                    "type", site.name, f"{site.scheme} is not among what is written: W8A8, W4A8, W8A16, W4A16,"
+                    " symmetric weights", "take w8a8, w8a8-static, w4a8, w8a16 or w4a16",
                 ))  # fmt: skip
             if weight.group and site.in_features % weight.group:
                 found.append(Problem(

@@ -1,4 +1,4 @@
-"""mindie: the files of the reference tool's saver for MindIE, which are those of the ascendv1 layout under other names."""
+"""mindie: the files of the reference tool's saver for MindIE: the ascendv1 layout under other names."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MindieW8A8(W8A8):
 
 @dataclass(frozen=True)
 class Mindie(ModelSlim):
-    """W8A8 and W8A8_DYNAMIC, with online rotations, divisions, branches and attentions, as the reference tool has them."""
+    """W8A8 and W8A8_DYNAMIC; online rotations, divisions, branches and attentions as the reference tool has them."""
 
     name: ClassVar[str] = "mindie"
     summary: ClassVar[str] = "ascendv1 tensors under the file names of MindIE"

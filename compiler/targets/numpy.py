@@ -103,8 +103,8 @@ def _lost(plan: Plan) -> Iterator[str]:
     for name, modules in told.items():
         more = f" and {len(set(modules)) - 1} more alike" if len(set(modules)) > 1 else ""
         yield (
-            f"{modules[0]}{more}: {name} rewrites it and it stays float, for which the dictionaries have no place; leave"
-            f" {name} out, quantize it, or --target modelslim"
+            f"{modules[0]}{more}: {name} rewrites it and it stays float, for which the dictionaries have no place;"
+            f" leave {name} out, quantize it, or --target modelslim"
         )
 
 

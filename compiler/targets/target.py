@@ -184,6 +184,7 @@ class Target(ABC):
 
     def finish(self, directory: Path, layout: Layout) -> None:
         """Turn the safetensors that were written, and checked, into the files of the target, where it has others."""
+        return
 
     def judge(
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False

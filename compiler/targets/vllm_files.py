@@ -83,7 +83,7 @@ def _described(files: Stored) -> tuple[dict[str, Any] | None, list[Finding]]:
                     "refuses", "A1", DESCRIPTION, "it is not there (ModelSlim Quantization Config Not Found)"
                 )
             ]
-        note = f"it is not there: the server runs a float model, without --quantization ascend, and reads no {DESCRIPTION}"
+        note = "it is not there: the server runs a float model, without --quantization ascend"
         return dict.fromkeys(files.entries, FLOAT), [Finding("warns", "A1", DESCRIPTION, note)]
     odd = [key for key, value in described.items() if not isinstance(value, str | int | float | dict | list)]
     return described, [Finding("warns", "A1", DESCRIPTION, f"{key} is no type") for key in odd]

@@ -161,8 +161,8 @@ def _type_of(
         if others:
             told.append(Finding(
                 "refuses", "A14", layer.name,
-                f"it is {own}, and the server takes it for float, because the name of {others[0]}, which is FLOAT, begins"
-                " with its name; then it has no place for its scales",
+                f"it is {own}, and the server takes it for float, because the name of {others[0]}, which is FLOAT,"
+                " begins with its name; then it has no place for its scales",
             ))  # fmt: skip
             return None
         kind = own

@@ -110,8 +110,8 @@ def grids_problems(model: ModelFacts, release: Release) -> Iterator[Problem]:
             yield Problem(
                 "cache",
                 grid.attention,
-                f"vllm-ascend {release.version} loads scales of caches itself for {', '.join(sorted(release.cached))} alone;"
-                f" what vLLM does with those of {model.architecture or 'this model'} was not read",
+                f"vllm-ascend {release.version} loads scales of caches itself for {', '.join(sorted(release.cached))}"
+                f" alone; what vLLM does with those of {model.architecture or 'this model'} was not read",
                 "try it before you rely on it, or leave dynamic_cache out",
                 "warning",
             )

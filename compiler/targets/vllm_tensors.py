@@ -1,4 +1,4 @@
-"""What vllm-ascend does with every tensor of a directory: where it goes, and what is left without one (A5 to A8, A12)."""
+"""What vllm-ascend does with every tensor of a directory: where it goes, what is left without (A5 to A8, A12)."""
 
 from __future__ import annotations
 
