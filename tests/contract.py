@@ -1,8 +1,9 @@
 """The server's own classes: vllm-ascend from its wheel, behind a harness that needs no NPU.
 
 The harness is a script outside this repository. ``QC_CONTRACT`` is its path, by default
-``tools/vllm_ascend_contract.py`` beside the folder of texts (``QC_DATA``). ``QC_VLLM_ASCEND`` is a directory with the package vllm_ascend; without it
-the wheel is fetched with pip once and its Python files are kept in the cache of the benchmarks.
+``tools/vllm_ascend_contract.py`` beside the folder of texts (``QC_DATA``). ``QC_VLLM_ASCEND`` is a directory with the
+package vllm_ascend; without it the wheel is fetched with pip once, and its Python files are kept in the cache of the
+benchmarks.
 """
 
 from __future__ import annotations
