@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import testing as testing
     from .api import analyze as analyze
     from .api import capture as capture
     from .api import compile as compile
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .compiler.errors import NotEquivalent as NotEquivalent
     from .compiler.errors import Refused as Refused
     from .compiler.operand import Hadamard as Hadamard
+    from .compiler.operand import LowRank as LowRank
+    from .compiler.operand import Permutation as Permutation
     from .compiler.operand import Quantize as Quantize
     from .compiler.operand import Slot as Slot
     from .compiler.operand import Statistic as Statistic
@@ -67,17 +70,19 @@ _HOMES = {
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),
-    ".compiler.operand": ("Hadamard", "Quantize", "Slot", "Statistic", "Vector"),
+    ".compiler.operand": ("Hadamard", "LowRank", "Permutation", "Quantize", "Slot", "Statistic", "Vector"),
     ".compiler.pattern": ("Site", "pattern"),
     ".compiler.program": ("Program",),
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME_OF, "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import qc`` itself loads nothing heavy."""
+    if name == "testing":
+        return import_module(".testing", __name__)
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'qc' has no attribute {name!r}")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from ..errors import Refused
-from .options import options_of, passes_of, plan_options
+from .options import check_curve, options_of, passes_of, plan_options, print_after, show_choice
 
 
 def add(commands: Any) -> None:
@@ -36,19 +37,27 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..compile import plan
     from ..plan_text import plan_json, plan_text
+    from ..progress import shown
     from ..recipe_yaml import recipe_yaml
 
     try:
-        planned = plan(args.model, passes_of(args), options_of(args))
+        check_curve(args)
+        options = options_of(args)
+        with shown() if options.chooses else nullcontext(lambda progress: None) as report:
+            planned = plan(args.model, passes_of(args), options, report)
     except Refused as error:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))
         raise
+    if args.print_after and (args.yaml or args.json):
+        raise Refused("--print-after prints text: leave out --yaml and --json")
+    show_choice(args, planned)
     if args.yaml:
         print(recipe_yaml(planned.require()), end="")
         return 0
     if args.json:
         print(json.dumps(plan_json(planned), indent=2))
     else:
+        print_after(args, planned)
         print(plan_text(planned), end="")
     return 2 if planned.problems else 0
