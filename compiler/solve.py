@@ -257,6 +257,7 @@ class _PartSolver:
             schemes=self.schemes,
             planned=self.solver.planned,
             online=self.solver.online,
+            formats=self.plan.formats,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)
