@@ -199,7 +199,7 @@ metric_list:
 def test_a_task_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     source = save_float(tmp_path / "float")

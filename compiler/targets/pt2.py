@@ -38,7 +38,7 @@ class Pt2(ModelSlim):
                         "npu",
                         site.name,
                         f"{site.scheme} with {what} has no op in torch_npu, which is imported",
-                        "take another scheme, or compile where torch_npu is not imported, for the portable program alone",
+                        "take another scheme, or do not import torch_npu and take the portable program alone",
                     )
                 )
         return tuple(found)
