@@ -91,7 +91,28 @@ def read_texts(files: Iterable[str | Path]) -> list[str]:
     Refused, naming file and line, for a missing or empty file, another suffix, broken JSON, and an object
     without text.
     """
-    return [text for file in files for text in _read_file(Path(file))]
+    return [sample.text for sample in read_samples(files)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One text of a calibration file."""
+
+    text: str
+    item: dict[str, Any] | str
+    """As it stands in the file: an object with more keys, or the text alone."""
+    where: str
+    """The file and the place in it."""
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """As an object, for a file that is written."""
+        return self.item if isinstance(self.item, dict) else {"text": self.item}
+
+
+def read_samples(files: Iterable[str | Path]) -> list[Sample]:
+    """The texts of all files one by one, in the order given, with the objects that they stand in; see `read_texts`."""
+    return [sample for file in files for sample in _read_file(Path(file))]
 
 
 def shipped_text() -> str:
@@ -99,7 +120,7 @@ def shipped_text() -> str:
     return resources.files(__package__ or "qc.compiler").joinpath(SHIPPED).read_text(encoding="utf-8")
 
 
-def _read_file(file: Path) -> list[str]:
+def _read_file(file: Path) -> list[Sample]:
     if file.suffix not in SUFFIXES:
         raise Refused(f"{file}: calibration text is read from {', '.join(SUFFIXES)}, not '{file.suffix}'")
     try:
@@ -111,18 +132,18 @@ def _read_file(file: Path) -> list[str]:
     except OSError as error:
         raise Refused(f"{file}: cannot be read: {error.strerror}") from None
     if file.suffix == ".txt":
-        texts = [content]
+        samples = [Sample(content, content, str(file))]
     elif file.suffix == ".json":
-        texts = _json_texts(file, content)
+        samples = _json_samples(file, content)
     else:
         lines = enumerate(content.split("\n"), start=1)
-        texts = [_line_text(line, f"{file}, line {number}") for number, line in lines if line.strip()]
-    if not any(text.strip() for text in texts):
+        samples = [_line_sample(line, f"{file}, line {number}") for number, line in lines if line.strip()]
+    if not any(sample.text.strip() for sample in samples):
         raise Refused(f"{file}: holds no text; give a calibration file with text in it")
-    return texts
+    return samples
 
 
-def _json_texts(file: Path, content: str) -> list[str]:
+def _json_samples(file: Path, content: str) -> list[Sample]:
     if not content.strip():
         return []
     items = _parse(content, str(file))
@@ -131,22 +152,23 @@ def _json_texts(file: Path, content: str) -> list[str]:
             f"{file}: a .json file is a list of strings or objects, this is {_kind(items)}; "
             f"write one object per line and name it .jsonl, or wrap it in a list"
         )
-    return [_item_text(item, f"{file}, item {number}") for number, item in enumerate(items, start=1)]
+    return [_item_sample(item, f"{file}, item {number}") for number, item in enumerate(items, start=1)]
 
 
-def _line_text(line: str, where: str) -> str:
+def _line_sample(line: str, where: str) -> Sample:
     if line.lstrip().startswith("{"):
-        return _item_text(_parse(line, where), where)
+        return _item_sample(_parse(line, where), where)
     try:
         value = json.loads(line)
     except json.JSONDecodeError:
         value = None
-    return value if isinstance(value, str) else line.rstrip("\r")
+    text = value if isinstance(value, str) else line.rstrip("\r")
+    return Sample(text, text, where)
 
 
-def _item_text(item: object, where: str) -> str:
+def _item_sample(item: object, where: str) -> Sample:
     if isinstance(item, str):
-        return item
+        return Sample(item, item, where)
     if not isinstance(item, dict):
         raise Refused(f"{where}: expected a string or an object, this is {_kind(item)}")
     key = next((key for key in TEXT_KEYS if key in item), None)
@@ -157,7 +179,7 @@ def _item_text(item: object, where: str) -> str:
         )
     if not isinstance(item[key], str):
         raise Refused(f"{where}: '{key}' must be a string, this is {_kind(item[key])}")
-    return item[key]
+    return Sample(item[key], item, where)
 
 
 def _parse(content: str, where: str) -> object:

@@ -21,7 +21,7 @@ from .certify import vocabulary
 from .choose import check_asked, chosen
 from .contract import Pass
 from .cost import cost_of
-from .errors import Failed, Refused
+from .errors import Failed, NotEquivalent, Refused
 from .export import (
     CARD,
     RUN,
@@ -31,7 +31,7 @@ from .export import (
     exported_config,
     write_json,
     write_manifest,
-)
+)  # fmt: skip
 from .fallback import attentions_to_leave, level
 from .half_linear import has_half_units
 from .journal import Journal
@@ -43,6 +43,7 @@ from .plan import Plan, make_plan
 from .plan_text import plan_text
 from .program import Program
 from .recipe import Recipe
+from .reproducer import kept
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
@@ -256,6 +257,8 @@ def compile(
     output.check(layout.nbytes)
     try:
         journal = _work(planned, data, proved_first, output, options, report, (started, estimate))
+    except NotEquivalent as error:
+        raise kept(error, planned, output.out) from error
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error

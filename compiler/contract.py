@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -161,10 +162,8 @@ class Pass(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not getattr(cls, "__abstractmethods__", None) and ABC not in cls.__bases__:
-            missing = [name for name in DECLARATIONS if not hasattr(cls, name)]
-            if missing:
-                raise TypeError(f"pass {cls.__name__} does not declare {', '.join(missing)}")
+        if ABC not in cls.__bases__ and (wrong := undeclared(cls)):
+            raise TypeError("; ".join(wrong))
 
     def takes(self, setting: Setting) -> tuple[Pattern[Any], ...]:
         """The patterns that this instance will ask for, standing where it stands."""
@@ -227,6 +226,52 @@ class Pass(ABC):
         set_options = {k: v for k, v in self.options().items() if v != defaults.get(k)}
         inside = ", ".join(f"{key}={spell(value)}" for key, value in set_options.items())
         return f"{self.name}{{{inside}}}" if inside else self.name
+
+
+def undeclared(cls: type[Pass]) -> list[str]:
+    """What is missing or wrong among the declarations of a class; empty where the contract is complete."""
+    missing = [name for name in DECLARATIONS if not hasattr(cls, name)]
+    if missing:
+        return [
+            f"pass {cls.__name__} does not declare {', '.join(missing)}: every declaration is required, and an"
+            " empty one is a statement (requires = frozenset(), before = {})"
+        ]
+    wrong = [f"{one} is no text" for one in ("name", "summary") if not isinstance(getattr(cls, one), str)]
+    patterns = cls.patterns if isinstance(cls.patterns, tuple) else (None,)
+    if not all(isinstance(one, Pattern) for one in patterns):
+        wrong.append("patterns is no tuple of patterns")
+    for one in ("requires", "provides", "breaks"):
+        facts = getattr(cls, one)
+        if not (isinstance(facts, frozenset) and all(isinstance(fact, Fact) for fact in facts)):
+            wrong.append(f"{one} is no frozenset of qc.Fact")
+    for one in ("before", "after"):
+        order = getattr(cls, one)
+        if not (isinstance(order, Mapping) and all(_reasons(p, why) for p, why in order.items())):
+            wrong.append(f"{one} does not map patterns to {{pass: reason}}")
+    if not isinstance(cls.claim, Claim):
+        wrong.append("claim is neither qc.EXACT nor qc.LOSSY")
+    return [f"pass {cls.__name__}: {one}" for one in wrong]
+
+
+def _reasons(pattern: Any, why: Any) -> bool:
+    return isinstance(pattern, Pattern) and isinstance(why, Mapping) and all(map(str, why.values()))
+
+
+def faults(cls: type[Pass]) -> list[str]:
+    """Everything that keeps a class from being a pass, declarations included; empty where there is nothing."""
+    wrong = undeclared(cls)
+    abstract = sorted(getattr(cls, "__abstractmethods__", ()))
+    if abstract:
+        wrong.append(f"pass {cls.__name__} does not define {', '.join(abstract)}")
+    own = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
+    if own and "__dataclass_fields__" not in cls.__dict__:
+        wrong.append(
+            f"pass {cls.__name__} has options ({', '.join(own)}) but is no dataclass: put"
+            " @dataclass(frozen=True, kw_only=True) above it"
+        )
+    elif bare := [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]:
+        wrong.append(f"pass {cls.__name__}: {', '.join(bare)} has no default: every option needs one")
+    return wrong
 
 
 def spell(value: Any) -> str:

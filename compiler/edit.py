@@ -25,6 +25,8 @@ from .operand import (
     LowRank,
     NormBias,
     Operand,
+    Ordered,
+    Permutation,
     Quantize,
     Slot,
     Stub,
@@ -64,7 +66,11 @@ class Edit:
     operand: Operand = None
 
     def __str__(self) -> str:
-        shown = f" {self.operand}" if isinstance(self.operand, (Hadamard, Kronecker, LowRank)) else ""
+        shown = (
+            f" {self.operand}"
+            if isinstance(self.operand, (Hadamard, Permutation, Kronecker, LowRank))
+            else ""
+        )
         if isinstance(self.operand, Stub):
             shown = f" {self.operand}"
         if isinstance(self.operand, Quantize):
@@ -80,7 +86,7 @@ class Edit:
             return self.operand.first, self.operand.second
         return (
             (self.operand.slot,)
-            if isinstance(self.operand, (Vector, Divisor, Weight, Quantize, Stub))
+            if isinstance(self.operand, (Vector, Permutation, Divisor, Weight, Quantize, Stub))
             else ()
         )
 
@@ -129,7 +135,8 @@ Tensors = dict[str, Tensor]
 Values = Mapping[Slot, Tensor]
 
 
-def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+def vector_of(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> Tensor:
+    """The scale or shift [channels of the site] of an edit that has one, from the state before."""
     operand = edit.operand
     if isinstance(operand, Vector):
         return operand.value(values, dtype)
@@ -155,7 +162,7 @@ def _vector(leaf: Leaf, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 def _scale_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     if leaf.norm is not None:
         tensors["weight"] = (tensors["weight"] + leaf.norm.offset) * scale - leaf.norm.offset
     else:
@@ -166,28 +173,39 @@ def _scale_out(
 
 
 def _scale_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    scale = _vector(leaf, edit, values, get, dtype)
+    scale = vector_of(leaf, edit, values, get, dtype)
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: w * scale[:, None]).T
 
 
 def _shift_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     tensors["bias"] = tensors.get("bias", torch.zeros_like(shift)) - shift
 
 
 def _shift_in(leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype) -> None:
-    shift = _vector(leaf, edit, values, get, dtype)
+    shift = vector_of(leaf, edit, values, get, dtype)
     weight = tensors["weight"]
     tensors["bias"] = tensors.get("bias", weight.new_zeros(weight.shape[0])) + weight @ shift
+
+
+def _rotation(edit: Edit, values: Values) -> Hadamard | Ordered:
+    if isinstance(edit.operand, Permutation):
+        found = edit.operand.of(values)
+        if not torch.equal(found.order.sort().values, torch.arange(len(found.order))):
+            raise Failed(
+                f"{edit}: {edit.operand.slot.name} does not hold every channel once, so it is no order"
+            )
+        return found
+    assert isinstance(edit.operand, Hadamard)
+    return edit.operand
 
 
 def _rotate_out(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    assert isinstance(edit.operand, Hadamard)
-    rotation, rows = edit.operand, _index(edit.site)
+    rotation, rows = _rotation(edit, values), _index(edit.site)
     if leaf.norm is not None:  # with unit gain it lets the rotation through and adds its bias behind it
         tensors["bias"] = rotation.times(tensors["bias"])
         return
@@ -202,8 +220,7 @@ def _rotate_out(
 def _rotate_in(
     leaf: Leaf, tensors: Tensors, edit: Edit, values: Values, get: Get, dtype: torch.dtype
 ) -> None:
-    assert isinstance(edit.operand, Hadamard)
-    rotation = edit.operand
+    rotation = _rotation(edit, values)
     tensors["weight"] = _put(tensors["weight"].T, _index(edit.site), lambda w: rotation.times(w.T).T).T
 
 

@@ -13,3 +13,6 @@ class Failed(Exception):
 
 class NotEquivalent(Failed):
     """A rewrite that claims to keep the function does not, or a capture does not compute what the model computes."""
+
+    evidence: object = None
+    """What a proof ran on when it failed (``compiler.proof.Evidence``)."""

@@ -13,7 +13,7 @@ from ..runtime.kronecker import rotate
 from ..runtime.low_rank import FACTORS, low_rank
 from .contract import Rewrite
 from .edit import Verb
-from .operand import Divisor, Kronecker, LowRank, Quantize, Stub, Weight
+from .operand import Divisor, Hadamard, Kronecker, LowRank, Quantize, Stub, Weight
 from .program import Program
 
 
@@ -44,6 +44,10 @@ def _module(parameter: str) -> str:
 def _on_node(program: Program, node: fx.Node, verb: Verb, operand: object, rewrite: Rewrite) -> None:
     leaf = program.leaf(node)
     assert leaf is not None
+    if verb is not Verb.SWAP:  # which leaves a note
+        shown = f" {operand}" if isinstance(operand, Hadamard | Kronecker | LowRank) else ""
+        said = f"{rewrite.pass_name} {verb.name.lower()}{shown}"
+        node.meta["edits"] = (*node.meta.get("edits", ()), said)
     if verb is Verb.SET_UNIT:
         node.meta["unit"] = True
     elif verb is Verb.SCALE_OUT and leaf.norm is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from .certificate import Certificate
 from .contract import Rewrite
 from .edit import Verb
+from .errors import Refused
 
 FILE = "qc_journal.jsonl"
 
@@ -108,6 +109,18 @@ class Journal:
         """Write it as JSON lines."""
         lines = (json.dumps(entry, ensure_ascii=False) for entry in self.entries)
         (directory / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def entries_of(directory: Path) -> list[dict[str, Any]]:
+    """The entries that a finished compile left in its output.
+
+    Raises:
+        Refused: The directory has no journal.
+    """
+    file = directory / FILE
+    if not file.is_file():
+        raise Refused(f"{directory} has no {FILE}: it is not the output of qc compile")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def quantized(entry: Mapping[str, Any]) -> list[str]:

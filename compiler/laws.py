@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import registry
 from .canon import hint
+from .errors import Refused
 from .experts import COMBINED, ROUTED
 from .program import Leaf, Program
 
@@ -197,7 +199,12 @@ LAWS: Mapping[Any, Law] = {
     ROUTED: routed,
     COMBINED: combined,
 }
-"""The law of each op that lets anything through. An op that is not here lets nothing through."""
+"""The law of each op that lets anything through. An op that is not here, nor in a plug-in, lets nothing through."""
+
+
+ATTENTIONS = {"qc.attention", "aten.scaled_dot_product_attention"}
+OURS = {str(target.overloadpacket) for target in LAWS if hasattr(target, "overloadpacket")} | ATTENTIONS
+"""Names of the ops that have a law here, as ``op_name`` gives them."""
 
 
 def law(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
@@ -209,10 +216,25 @@ def law(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes 
         if leaf.kind == "norm" and what in ROTATIONS:
             return norm(program, node, operand, what)
         return Blocks(f"{node.target} ({leaf.kind}) does not let it through")
-    known = LAWS.get(node.target)
+    known = LAWS.get(node.target) or of_plug_in(op_name(node))
     if known is None:
         return Blocks(f"no law lets {what.value} through {op_name(node)}")
     return known(program, node, operand, what)
+
+
+def of_plug_in(op: str) -> Law | None:
+    """The law that a package registers for an op of its own (entry points ``qc.laws``, each named as the op is).
+
+    Raises:
+        Refused: A package registers a law for an op that has one here.
+    """
+    registered = registry.names("laws")
+    for name in sorted(OURS & set(registered)):
+        raise Refused(
+            f"law {name!r} of {registry.package(registered[name])}: qc has the law of that op. A package adds laws"
+            f" for ops that have none: mend {registry.package(registered[name])}, or uninstall it"
+        )
+    return registry.get("laws", op) if op in registered else None
 
 
 def norm(program: Program, node: fx.Node, operand: fx.Node, what: Map) -> Passes | Blocks:
@@ -241,10 +263,7 @@ def writes(leaf: Leaf) -> bool:
 
 def is_attention(node: Any) -> bool:
     """Whether a node is ``qc::attention`` or torch's own scaled dot product attention."""
-    return isinstance(node, fx.Node) and op_name(node) in (
-        "qc.attention",
-        "aten.scaled_dot_product_attention",
-    )
+    return isinstance(node, fx.Node) and op_name(node) in ATTENTIONS
 
 
 def op_name(node: fx.Node) -> str:

@@ -173,6 +173,34 @@ def signs_of(order: int, seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Permutation:
+    """Another order of the channels, as a rotation: channel i becomes channel ``slot[i]`` of those there were.
+
+    ``slot`` is filled with whole numbers [channels], each of 0 .. channels - 1 once.
+    """
+
+    slot: Slot
+
+    def __str__(self) -> str:
+        return f"order of {self.slot.shape[0]}"
+
+    def of(self, values: Mapping[Slot, Tensor]) -> Ordered:
+        """The permutation that was found."""
+        return Ordered(values[self.slot].long())
+
+
+@dataclass(frozen=True, eq=False)
+class Ordered:
+    """A permutation P with the products that a rotation has."""
+
+    order: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x @ P`` for x of shape [..., channels]."""
+        return x[..., self.order]
+
+
+@dataclass(frozen=True)
 class Kronecker:
     """An online rotation: x[a, b] -> leftᵀ x right, on ``copies`` equal stretches of the channels.
 
@@ -294,5 +322,16 @@ class Weight:
 
 
 Operand = (
-    Vector | Gain | NormBias | Hadamard | Kronecker | LowRank | Divisor | Weight | Quantize | Stub | None
+    Vector
+    | Gain
+    | NormBias
+    | Hadamard
+    | Permutation
+    | Kronecker
+    | LowRank
+    | Divisor
+    | Weight
+    | Quantize
+    | Stub
+    | None
 )

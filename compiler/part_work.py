@@ -13,7 +13,7 @@ from ..runtime.quantized import QuantizedLinear
 from .contract import Rewrite
 from .edit import Edit
 from .errors import Failed
-from .operand import Slot, Stub
+from .operand import Quantize, Slot, Stub
 from .plan import Plan, Step
 from .program import Part, Program
 
@@ -32,6 +32,26 @@ def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
         if edits:
             found.append(replace(rewrite, edits=edits))
     return tuple(found)
+
+
+def planned_linears(plan: Plan) -> dict[str, Quantize]:
+    """What the passes of a plan are going to make of linears."""
+    return {
+        edit.site.module: edit.operand
+        for step in plan.steps
+        for rewrite in step.answer.rewrites
+        for edit in rewrite.edits
+        if isinstance(edit.operand, Quantize)
+    }
+
+
+def online_linears(plan: Plan) -> dict[str, str]:
+    """Linears behind an online rotation that is stored beside them, with its kind."""
+    return {
+        str(node.target): node.meta["rotated"].layout
+        for node in plan.final.graph.nodes
+        if "rotated" in node.meta and node.meta["rotated"].layout != "flatquant"
+    }
 
 
 def own_names(program: Program, part: Part) -> list[str]:

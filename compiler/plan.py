@@ -304,10 +304,7 @@ def order_problems(chosen: Sequence[Pass]) -> list[str]:
 
 def missing_fact(one: Pass, fact: Fact) -> str:
     """What a pass requires and nobody before it provides."""
-    providers = [
-        name for name in registry.names("passes")
-        if fact in registry.get("passes", name).provides and registry.get("passes", name).name == name
-    ]  # fmt: skip
+    providers = [name for name, cls in registry.each("passes") if fact in cls.provides and cls.name == name]
     fix = f"put {' or '.join(providers)} before it" if providers else "no registered pass provides it"
     return f"{one.name} requires that {fact.value}, which no pass before it provides: {fix}"
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import fx, nn
 
 from .canon import cast_dtype
 from .stretch import Stretches
+
+if TYPE_CHECKING:
+    import networkx
 
 Kind = Literal["linear", "embedding", "norm", "opaque"]
 
@@ -152,6 +155,12 @@ class Program:
     def parameter(self, name: str) -> str:
         """The name under which the source stores a parameter: itself, or its owner when it is tied."""
         return self.ties.get(name, name)
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The values as nodes of a networkx graph, with what is known of each: see ``show.networks.to_networkx``."""
+        from .show.networks import to_networkx
+
+        return to_networkx(self)
 
     def fork(self) -> Program:
         """A copy whose graph may be edited; modules, leaves and weights are shared."""

@@ -14,6 +14,7 @@ from ..runtime.divided import LEAF
 from ..runtime.quantized import QuantizedLinear
 from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
 from .contract import Basis, Rewrite
+from .errors import NotEquivalent
 from .execute import execute, in_turn, inputs_of
 from .fake_quant import fake_act
 from .incremental import Values
@@ -40,6 +41,19 @@ class Proved:
     """What it computes with the rewrites so far, as they are kept (float32)."""
     values: Values | None = None
     """All its values with the rewrites so far, in the state of the step in work."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a failed proof ran on: the tensors of the part before the rewrite, its values, and the rows that entered."""
+
+    part: Part
+    step: Step
+    rewrite: Rewrite
+    tensors: Mapping[str, Tensor]
+    values: Mapping[Slot, Any]
+    rows: Mapping[str, Any]
+    math: float
 
 
 class Prover:
@@ -103,7 +117,7 @@ class Prover:
         where, again = f"{rewrite.pass_name} at {rewrite.where} ({part.name})", f"--passes up to {step.what}"
         if rewrite.basis is not None:  # every value of the part is another one
             math = error(proved.current, outcome(program, part, exact, self.env, bases), self.env)
-            check(where, math, again)
+            self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
             stored = error(proved.current, outcome(program, part, cast, self.env, bases), self.env)
             proved.current, proved.values = outcome(program, part, kept, self.env, bases), None
             return Certificate(math, stored, self.ids.numel())
@@ -111,11 +125,19 @@ class Prover:
             proved.values = Values(program, part, Edited(program, base, (), {}), self.env, bases)
         now = proved.values
         math = error(proved.current, now.results(now.changed(rewrite.modules, exact)), self.env)
-        check(where, math, again)
+        self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
         stored = error(proved.current, now.results(now.changed(rewrite.modules, cast)), self.env)
         now.values |= now.changed(rewrite.modules, kept)
         proved.current = now.results()
         return Certificate(math, stored, self.ids.numel())
+
+    def _check(self, where: str, math: float, again: str, evidence: Evidence) -> None:
+        """Stop when an EXACT rewrite changed the function, with what the proof ran on."""
+        try:
+            check(where, math, again)
+        except NotEquivalent as failed:
+            failed.evidence = evidence
+            raise
 
     def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Error of a part with all its rewrites and its tensors cast to the dtype of export, against the original."""

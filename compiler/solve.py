@@ -23,7 +23,15 @@ from .journal import Journal
 from .laws import shape
 from .observe import Observers, RowCounts
 from .operand import Quantize, Slot, Statistic, Stub
-from .part_work import cast, check_values, main_value, own_names, restricted
+from .part_work import (
+    cast,
+    check_values,
+    main_value,
+    online_linears,
+    own_names,
+    planned_linears,
+    restricted,
+)
 from .plan import Plan, Step
 from .program import Part
 from .proof import Prover
@@ -79,16 +87,7 @@ class Solver:
         self.prover = Prover(plan, ids)
         self.quantizes_inputs = any(step.what.propagates_quantized for step in plan.steps)
         self.held = {name: tensor.dtype for name, tensor in plan.program.root.state_dict().items()}
-        self.planned = {
-            edit.site.module: edit.operand
-            for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits
-            if isinstance(edit.operand, Quantize)
-        }  # fmt: skip
-        self.online = {
-            str(node.target): node.meta["rotated"].layout
-            for node in plan.final.graph.nodes
-            if "rotated" in node.meta and node.meta["rotated"].layout != "flatquant"
-        }
+        self.planned, self.online = planned_linears(plan), online_linears(plan)
         self.float_stream: Stream | None = None
         self.quantized_stream: Stream | None = None
 

@@ -63,8 +63,8 @@ def split(text: str, separator: str = ",") -> list[str]:
     return [item for item in [*items, current.strip()] if item]
 
 
-def one(text: str) -> tuple[Pass, ...]:
-    """One item: a pass or a preset with its options."""
+def parse(text: str) -> tuple[str, dict[str, str]]:
+    """The name of one item and its options, still as text."""
     name, brace, rest = text.partition("{")
     name = name.strip()
     options: dict[str, str] = {}
@@ -78,6 +78,12 @@ def one(text: str) -> tuple[Pass, ...]:
             if key.strip() in options:
                 raise Refused(f"--passes: option {key.strip()!r} of {name} is given twice")
             options[key.strip()] = value.strip()
+    return name, options
+
+
+def one(text: str) -> tuple[Pass, ...]:
+    """One item: a pass or a preset with its options."""
+    name, options = parse(text)
     known = [*registry.names("passes"), *registry.names("presets")]
     if name not in known:
         if name in registry.names("recipes"):
@@ -101,8 +107,26 @@ def maker(name: str) -> tuple[Any, dict[str, Any]]:
         parameters = inspect.signature(preset, eval_str=True).parameters.values()
         return preset, {p.name: p.annotation for p in parameters}
     cls = registry.get("passes", name)
+    return cls, kinds_of(cls)
+
+
+def kinds_of(cls: type[Pass]) -> dict[str, Any]:
+    """The types of the options of a pass."""
     hints = typing.get_type_hints(cls)
-    return cls, {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def kind_text(kind: Any) -> str:
+    """A type of an option in words: ``number``, ``true or false``, ``list of text``, ``max or mean``."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        words = [kind_text(arm) for arm in inside if arm is not type(None)]
+        return " or ".join(words[:1] + ["none"] * (type(None) in inside))
+    if origin is Literal:
+        return " or ".join(map(str, inside))
+    if origin is tuple:
+        return f"list of {kind_text(inside[0])}"
+    return {bool: "true or false", int: "whole number", float: "number"}.get(kind, "text")
 
 
 def expansion(name: str, passes: Sequence[Pass]) -> bool:

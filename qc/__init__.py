@@ -12,7 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import testing as testing
     from .api import analyze as analyze
+    from .api import calib_mix as calib_mix
+    from .api import calib_refine as calib_refine
     from .api import capture as capture
     from .api import compile as compile
     from .api import evaluate as evaluate
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from .api import set_phase as set_phase
     from .api import show as show
     from .api import verify as verify
+    from .compiler.calib_readers.question import Question as Question
+    from .compiler.calib_readers.question import Reader as Reader
     from .compiler.contract import EXACT as EXACT
     from .compiler.contract import LOSSY as LOSSY
     from .compiler.contract import Answer as Answer
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
     from .compiler.errors import NotEquivalent as NotEquivalent
     from .compiler.errors import Refused as Refused
     from .compiler.operand import Hadamard as Hadamard
+    from .compiler.operand import LowRank as LowRank
+    from .compiler.operand import Permutation as Permutation
     from .compiler.operand import Quantize as Quantize
     from .compiler.operand import Slot as Slot
     from .compiler.operand import Statistic as Statistic
@@ -50,32 +57,26 @@ if TYPE_CHECKING:
 
 _HOMES = {
     ".api": (
-        "analyze",
-        "capture",
-        "compile",
-        "evaluate",
-        "generate",
-        "load",
-        "load_program",
-        "plan",
-        "set_phase",
-        "show",
-        "verify",
+        "analyze", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load",
+        "load_program", "plan", "set_phase", "show", "verify",
     ),
+    ".compiler.calib_readers.question": ("Question", "Reader"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),
     ".compiler.edit": ("Edit", "Verb"),
     ".compiler.errors": ("Failed", "NotEquivalent", "Refused"),
-    ".compiler.operand": ("Hadamard", "Quantize", "Slot", "Statistic", "Vector"),
+    ".compiler.operand": ("Hadamard", "LowRank", "Permutation", "Quantize", "Slot", "Statistic", "Vector"),
     ".compiler.pattern": ("Site", "pattern"),
     ".compiler.program": ("Program",),
     ".compiler.scheme": ("Int", "LinearScheme", "Rule", "Scheme"),
-}
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOME_OF, "testing"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: ``import qc`` itself loads nothing heavy."""
+    if name == "testing":
+        return import_module(".testing", __name__)
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'qc' has no attribute {name!r}")

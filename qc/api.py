@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .compiler import compile as engine
 from .compiler.analyze import Analysis
 from .compiler.analyze import analyze as _analyze
+from .compiler.calib_mix import Mix
+from .compiler.calib_mix import mix as _mix
+from .compiler.calib_readers.question import Answers, Reader
+from .compiler.calib_refine import Refinement
+from .compiler.calib_refine import refine as _refine
 from .compiler.capture import capture
 from .compiler.contract import Pass
 from .compiler.errors import Refused
@@ -26,7 +31,8 @@ from .compiler.verify import verify
 from .runtime.phase import set_phase
 
 __all__ = [
-    "analyze", "capture", "compile", "evaluate", "generate", "load", "load_program", "plan", "set_phase", "show",
+    "analyze", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load", "load_program",
+    "plan", "set_phase", "show",
     "verify",
 ]  # fmt: skip
 
@@ -61,6 +67,7 @@ def compile(
     calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, seed: int = 0,
     device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
     tokenizer: Any = None, calibrate_all_experts: bool = False,
+    avg_bits: float | None = None, max_kl: float | None = None, choose_from: str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> engine.Result:  # fmt: skip
     """Compile a model into the directory ``out``, which is there whole or not at all.
@@ -85,6 +92,10 @@ def compile(
         tokenizer: In place of the checkpoint's own; needed for models in memory.
         calibrate_all_experts: Let every expert of a mixture see every calibration token, instead of those that
             are routed to it.
+        avg_bits: Instead of a scheme: the formats of least divergence within so many bits per weight. How they were
+            chosen is ``result.plan.choice``.
+        max_kl: Instead of a scheme: the formats of fewest bits within so many nats per token.
+        choose_from: Formats to choose among, such as ``"w4a4,w8a8,float"``.
         report: Called with the progress.
 
     Raises:
@@ -95,6 +106,7 @@ def compile(
         scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
         device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
         calibrate_all_experts=calibrate_all_experts,
+        avg_bits=avg_bits, max_kl=max_kl, choose_from=choose_from,
     )  # fmt: skip
     return engine.compile(model, _asked(passes, config), out, options, report)
 
@@ -109,9 +121,9 @@ def analyze(
 
     Args:
         model: As for ``plan``.
-        metric: ``kurtosis``, ``std``, ``quantile`` or ``mse``; None is ``kurtosis``, and ``mse`` of attentions.
+        metric: ``kurtosis``, ``std``, ``quantile``, ``mse`` or ``kl``; None is ``kurtosis``, and ``mse`` of attentions.
         by: ``linear``, ``layer`` or ``attention``.
-        scheme: Formats that ``mse`` rounds to.
+        scheme: Formats that ``mse`` and ``kl`` round to.
         top: How many of the worst ``exclude`` of the result names.
         calib: As for ``compile``.
         samples: Calibration windows.
@@ -129,6 +141,80 @@ def analyze(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _analyze(model, options, metric=metric, by=by, scheme=scheme, top=top, report=report)
+
+
+def calib_mix(
+    sets: str | Path | Mapping[str, str | Path], sizes: Mapping[str, int], *, out: str | Path,
+    positive: str | Path | Answers | None = None, seed: int = 0, readers: Mapping[str, Reader] | None = None,
+    force: bool = False,
+) -> Mix:  # fmt: skip
+    """Draw questions from data sets, balanced over subjects and answers, and write them as calibration text.
+
+    Args:
+        sets: A config file as for ``qc calib mix``, or paths by the names of sets.
+        sizes: How many questions of each set.
+        out: The ``.jsonl`` or ``.json`` to write.
+        positive: A checkpoint, or anything that answers; only questions that it answers right are taken.
+        seed: Of the drawing.
+        readers: Readers of sets that no installed package registers, by the name of the set.
+        force: Replace ``out`` when it exists.
+
+    Raises:
+        Refused: A config or a set is not what it should be, or has too few questions.
+    """
+    return _mix(sets, sizes, out, positive=positive, seed=seed, readers=readers, force=force)
+
+
+def calib_refine(
+    model: engine.Model | Program, passes: str | Iterable[str | Pass] | None = None, *, out: str | Path,
+    calib: Sequence[str | Path], config: str | Path | None = None, scheme: str | Scheme | None = None,
+    target: Any = None, tp: int = 1, add: Sequence[str | Path] = (), judge: Sequence[str | Path] = (),
+    worth: float = 1.0, most: float = 0.25, samples: int = 64, length: int = 512, seed: int = 0,
+    dtype: str = "auto", force: bool = False, tokenizer: Any = None, trust_remote_code: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Refinement:  # fmt: skip
+    """Leave out the samples of a calibration set that raise the error of the quantized blocks; add bad cases.
+
+    Args:
+        model: As for ``plan``.
+        passes: As for ``plan``: what the set is to calibrate.
+        out: The ``.jsonl`` or ``.json`` to write.
+        calib: Files of the set, a sample per line.
+        config: As for ``plan``.
+        scheme: As for ``plan``.
+        target: As for ``plan``.
+        tp: As for ``plan``.
+        add: Files of bad cases.
+        judge: Text on which errors are measured; none takes samples of the set in turn.
+        worth: Per cent of the error that a sample has to cost to be dropped.
+        most: Largest share of the samples that is dropped.
+        samples: Samples that are looked at, from the first.
+        length: Tokens of each that are looked at.
+        seed: Of everything random.
+        dtype: As for ``compile``.
+        force: Replace ``out`` when it exists.
+        tokenizer: As for ``compile``.
+        trust_remote_code: As for ``plan``.
+        report: Called with the progress.
+
+    Raises:
+        Refused: The input is not acceptable, or nothing depends on calibration data.
+    """
+    options = engine.Options(
+        scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed, dtype=dtype,
+        force=force, tokenizer=tokenizer, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return _refine(
+        model,
+        _asked(passes, config),
+        out,
+        options,
+        add=add,
+        judge=judge,
+        worth=worth,
+        most=most,
+        report=report,
+    )
 
 
 def _asked(passes: str | Iterable[str | Pass] | None, config: str | Path | None) -> engine.Passes:

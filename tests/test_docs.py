@@ -18,9 +18,10 @@ from transformers import LlamaConfig
 
 from benchmarks.random_llama import character_tokenizer
 from qc.compiler import registry
+from qc.compiler.about import about
 from qc.compiler.capture import capture
 from qc.compiler.cli import make_parser
-from qc.compiler.contract import Pass, spell
+from qc.compiler.contract import Pass
 from qc.compiler.edit import Verb
 from qc.compiler.laws import LAWS
 from qc.runtime.formats import FORMATS
@@ -60,6 +61,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     character_tokenizer().save_pretrained(folder / "my-model")
     (folder / "calibration.txt").write_text(SENTENCE * 8, encoding="utf-8")
     (folder / "text.txt").write_text(SENTENCE * 16, encoding="utf-8")
+    (folder / "data_sets").symlink_to(ROOT / "tests" / "data_sets")
+    words = SENTENCE.split()
+    samples = (f'{{"text": "{" ".join(words[i : i + 6])}"}}\n' for i in range(12))
+    (folder / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
     (folder / "Qwen").mkdir()
     (folder / "Qwen" / "Qwen3-8B").symlink_to(folder / "my-model")
     return folder
@@ -163,12 +168,18 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 @pytest.mark.parametrize("name", sorted(PASS_PAGES))
 def test_options_of_a_pass_are_those_of_its_dataclass(name: str) -> None:
-    fields = dataclasses.fields(PASSES[name])
-    wanted = [[f.name, spell(f.default) if f.default not in ((), None) else "none"] for f in fields]
-    found = [row[:2] for row in rows_under(PASS_PAGES[name], "Options")]
-    assert found == wanted, (
-        f"docs/passes/{name}.md: name and default of every option, in the order of the fields"
-    )
+    wanted = [[option.name, option.kind, option.default] for option in about(name).options]
+    found = [row[:3] for row in rows_under(PASS_PAGES[name], "Options")]
+    assert found == wanted, f"docs/passes/{name}.md: name, type and default of every option, in their order"
+
+
+@pytest.mark.parametrize("name", sorted(PASS_PAGES))
+def test_a_pass_tells_what_its_page_tells(name: str) -> None:
+    found = about(name)
+    assert {"Why", "Before / after", "Source"} <= found.sections.keys()
+    assert [option.name for option in found.options if not option.doc] == []
+    page = prose(PASS_PAGES[name])
+    assert [title for title in ("**Why.**", "**Where.**", "**Source.**") if title not in page] == []
 
 
 @pytest.mark.parametrize("name", sorted(PASS_PAGES))
@@ -213,7 +224,9 @@ def test_every_command_and_option_has_its_place() -> None:
         section = section.partition("\n## ")[0]
         if "the options of [qc plan]" in section:
             section += page.partition("\n## qc plan\n")[2].partition("\n## ")[0]
-        options = [option for action in parser._actions for option in action.option_strings]
+        nested = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        below = [one for choices in nested for one in choices.values()]
+        options = [o for one in (parser, *below) for action in one._actions for o in action.option_strings]
         assert [o for o in options if o.startswith("--") and o != "--help" and f"`{o}" not in section] == []
 
 

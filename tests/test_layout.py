@@ -25,7 +25,7 @@ READS_HUGGING_FACE = (
     "compiler/weights.py",
     "compiler/load*.py",
     "compiler/program_file.py",
-    "compiler/testing.py",
+    "compiler/testing_models.py",
     "runtime/hf.py",
 )
 """The only files of the package that import transformers."""

@@ -2,5 +2,20 @@
 
 from __future__ import annotations
 
-NAMES = ("compile", "plan", "show", "why", "eval", "verify", "analyze", "recipes", "generate")
-"""The commands in the order in which ``qc --help`` lists them; each is the module of that name here."""
+NAMES = (
+    "compile",
+    "plan",
+    "show",
+    "diff",
+    "why",
+    "eval",
+    "verify",
+    "analyze",
+    "calib",
+    "passes",
+    "recipes",
+    "new_pass",
+    "generate",
+    "reproduce",
+)
+"""The commands in the order in which ``qc --help`` lists them; each is a module here, ``_`` for ``-``."""

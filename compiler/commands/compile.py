@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import check_curve, options_of, passes_of, plan_options, show_choice
+from .options import check_curve, options_of, passes_of, plan_options, print_after, show_choice
 
 
 def add(commands: Any) -> None:
@@ -24,13 +24,18 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """``qc compile``."""
-    from ..compile import compile
+    from ..compile import compile, plan
     from ..progress import shown
 
     check_curve(args)
     options = options_of(args)
+    model = args.model
+    if args.print_after:
+        planned = plan(model, passes_of(args), options).require()
+        print_after(args, planned)
+        model = planned.program
     with shown() as report:
-        result = compile(args.model, passes_of(args), args.out, options, report)
+        result = compile(model, passes_of(args), args.out, options, report)
     show_choice(args, result.plan)
     journal = result.journal
     data = result.calibration

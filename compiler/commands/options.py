@@ -9,8 +9,10 @@ from typing import Any
 from ..errors import Refused
 
 
-def plan_options(command: argparse.ArgumentParser) -> None:
-    """The options that ``compile`` and ``plan`` share."""
+def plan_options(
+    command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
+) -> None:
+    """The options that ``compile``, ``plan`` and ``calib refine`` share; ``--samples`` counts what a command says."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
@@ -38,7 +40,7 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
     )
-    command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
+    command.add_argument("--samples", type=int, default=samples, help=f"{counted} (default {samples})")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
     command.add_argument(
         "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
@@ -47,6 +49,33 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+    command.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS",
+        help="print the program as it is after this step (a name, a number, or all)",
+    )  # fmt: skip
+
+
+def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
+    """The options of commands that look at the graph and at what passes make of it."""
+    command.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough"
+    )
+    what = command.add_mutually_exclusive_group(required=required)
+    what.add_argument("--passes", help="as these passes rewrite it (quote the list)")
+    what.add_argument("--config", metavar="FILE", help="as the passes of this recipe rewrite it")
+    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
+
+
+def state_plan(args: argparse.Namespace) -> Any:
+    """The plan of the passes or of the recipe; None where neither was given."""
+    from ..compile import Options, plan
+
+    if args.passes is None and args.config is None:
+        return None
+    options = Options(scheme=args.scheme, target=args.target, trust_remote_code=args.trust_remote_code)
+    return plan(args.model, passes_of(args), options)
 
 
 def options_of(args: argparse.Namespace) -> Any:
@@ -61,6 +90,16 @@ def options_of(args: argparse.Namespace) -> Any:
         calibrate_all_experts=args.calibrate_all_experts,
         avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
+
+
+def print_after(args: argparse.Namespace, plan: Any) -> None:
+    """Print the text of the program after every step that ``--print-after`` asks for, in the order of the plan."""
+    from ..show.text import text
+    from ..steps import after, steps_named
+
+    for index in steps_named(plan, args.print_after):
+        print(f"after {index + 1}. {plan.steps[index].what}")
+        print(text(after(plan, index)))
 
 
 def check_curve(args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..errors import Refused
-from .options import check_curve, options_of, passes_of, plan_options, show_choice
+from .options import check_curve, options_of, passes_of, plan_options, print_after, show_choice
 
 
 def add(commands: Any) -> None:
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))
         raise
+    if args.print_after and (args.yaml or args.json):
+        raise Refused("--print-after prints text: leave out --yaml and --json")
     show_choice(args, planned)
     if args.yaml:
         print(recipe_yaml(planned.require()), end="")
@@ -56,5 +58,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan_json(planned), indent=2))
     else:
+        print_after(args, planned)
         print(plan_text(planned), end="")
     return 2 if planned.problems else 0

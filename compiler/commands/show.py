@@ -3,32 +3,71 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import Refused
+from .options import state_options, state_plan
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser("show", help="print the canonical text of a model")
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument("--passes", help="print it as these passes rewrite it")
+    what = "print a model as text, or draw it, as it is or as passes rewrite it"
+    command = commands.add_parser("show", help=what, description=what)
+    state_options(command, required=False)
+    command.add_argument(
+        "--after", metavar="PASS", help="as it is after this pass, or after step N of the plan"
+    )
     command.add_argument("--layer", type=int, help="one block only")
-    command.add_argument("--scheme", default="auto")
-    command.add_argument("--target", default="vllm-ascend")
-    command.add_argument("--trust-remote-code", action="store_true")
+    command.add_argument("--only", metavar="PATTERN", help="only what matches this pattern")
+    command.add_argument("--format", help="text, svg, html, mermaid, dot, png or model-explorer")
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, help="write it there; the suffix says the format"
+    )
+    command.add_argument("--every-op", action="store_true", help="draw a box for every row")
+    command.add_argument(
+        "--journal", metavar="OUT", type=Path, help="a finished compile, whose certificates are shown"
+    )
     command.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """``qc show``."""
+    """``qc show``: what was asked for, and a refusal behind it where the plan has problems."""
+    from .. import registry
     from ..capture import capture
-    from ..plan import make_plan
-    from ..show.text import text
+    from ..journal import entries_of
+    from ..show.formats import FORMATS, View, format_of
+    from ..show.states import State, state_after, steps_named
+    from ..show.terminal import ROWS, show
 
-    program = capture(args.model, trust_remote_code=args.trust_remote_code)
-    if args.passes:
-        program = make_plan(program, args.passes, scheme=args.scheme, target=args.target).require().final
-    if args.layer is not None and not 0 <= args.layer < len(program.blocks):
-        raise Refused(f"--layer {args.layer}: the model has layers 0 to {len(program.blocks) - 1}")
-    print(text(program, layer=args.layer), end="")
+    format = format_of(args.format, args.out)
+    if args.only is not None:
+        registry.get("patterns", args.only)
+    plan = state_plan(args)
+    if plan is None:
+        if args.after is not None:
+            raise Refused(f"--after {args.after}: no passes were given: add --passes or --config")
+        state = State(capture(args.model, trust_remote_code=args.trust_remote_code))
+    else:
+        steps = range(len(plan.steps)) if args.after is None else steps_named(plan, args.after, "--after")
+        state = state_after(plan, steps.stop)
+    blocks = state.program.blocks
+    if args.layer is not None and not 0 <= args.layer < len(blocks):
+        raise Refused(f"--layer {args.layer}: the model has layers 0 to {len(blocks) - 1}")
+    part = None if args.layer is None else blocks[args.layer]
+    journal = entries_of(args.journal) if args.journal is not None else ()
+    made = FORMATS[format](View(state, part, args.only, args.every_op, journal))
+    if args.out is not None:
+        args.out.write_bytes(made.encode() if isinstance(made, str) else made)
+        print(f"wrote {args.out}")
+    elif isinstance(made, bytes):
+        if sys.stdout.isatty():
+            raise Refused(f"--format {format} is no text: give --out FILE")
+        sys.stdout.buffer.write(made)
+    elif format == "text":
+        show(made, ROWS)
+    else:
+        print(made, end="")
+    if plan is not None:
+        plan.require()

@@ -85,5 +85,7 @@ def _text(program: Program, nodes: list[fx.Node]) -> str:
         words = ", ".join(spell(a, spelled) for a in (*args, *node.kwargs.values()))
         spelled[node] = f"v{len(lines)}"
         target = re.sub(r"\.\d+\b", ".N", str(node.target))
-        lines.append(f"{node.op} {target}({words}) {said} {node.meta.get('note', '')}")
+        lines.append(
+            f"{node.op} {target}({words}) {said} {node.meta.get('edits', '')} {node.meta.get('note', '')}"
+        )
     return "\n".join(lines)

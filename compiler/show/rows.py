@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Row:
     """Dtype and shape, e.g. ``bf16[b, s, 576]``."""
     detail: str
     """Shapes of a leaf's parameters, facts of a norm."""
+    edits: tuple[str, ...]
+    """What passes did to its weights, in order: ``iter_smooth scale_in``."""
     note: str
     """What an edit left at the node."""
     node: fx.Node
@@ -54,7 +56,9 @@ class Row:
             return self.target
         head = f"{self.name}: {self.type} = {self.op}" + (f" {self.target}" if self.target else "")
         head += f"({self.args})" if self.op not in ("input", "parameter") else ""
-        return head + (f"  {self.detail}" if self.detail else "") + (f"  # {self.note}" if self.note else "")
+        head += f"  {self.detail}" if self.detail else ""
+        head += f" <- {', '.join(self.edits)}" if self.edits else ""
+        return head + (f"  # {self.note}" if self.note else "")
 
 
 class Sizes:
@@ -122,10 +126,17 @@ def outside(program: Program, part: Part) -> tuple[fx.Node, ...]:
     return tuple(seen)
 
 
-def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
+def rows(program: Program, part: Part, sizes: Sizes, known: Mapping[str, str] | None = None) -> Iterator[Row]:
     """The rows of one part in graph order. Values from outside are ``in0``, ``in1``, ... by first use.
 
     Experts that are alike have the rows of the first of them, and one that counts the others.
+
+    Args:
+        program: A program.
+        part: One of its parts.
+        sizes: Of the same program.
+        known: Names of rows by the name of their node in the graph, as another state of the program has them; what
+            is not among them is ``new0``, ``new1``, ... So equal lines of two states are equal.
     """
     names = {node: f"in{i}" for i, node in enumerate(outside(program, part))}
     hidden = alike_experts(program, part)
@@ -139,7 +150,7 @@ def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
         if node in hidden:
             names[node] = ""
             if hidden[node] is not None:
-                yield Row("", "alike", str(hidden[node]), "", "", "", "", node)
+                yield Row("", "alike", str(hidden[node]), "", "", "", (), "", node)
             continue
         args = ", ".join(
             [_spell(a, names, sizes) for a in node.args]
@@ -151,20 +162,21 @@ def rows(program: Program, part: Part, sizes: Sizes) -> Iterator[Row]:
         )
         note = str(node.meta.get("note", ""))
         if node.op == "output":
-            yield Row("", "return", "", args, "", "", note, node)
+            yield Row("", "return", "", args, "", "", (), note, node)
             continue
         leaf = program.leaf(node)
         target, detail, op = "", "", _op(node)
         if node.op == "placeholder":
             names[node], op = str(node.target), "input"
         else:
-            names[node] = f"v{count}"
-            count += 1
+            names[node] = f"v{count}" if known is None else known.get(node.name, f"new{count}")
+            count += known is None or node.name not in known
         if node.op == "get_attr":
             op, target = "parameter", str(node.target).removeprefix(prefix)
         elif leaf is not None:
             op, target, detail = leaf.kind, str(node.target).removeprefix(prefix), _detail(leaf)
-        yield Row(names[node], op, target, args, sizes.type(val), detail, note, node)
+        edits = node.meta.get("edits", ())
+        yield Row(names[node], op, target, args, sizes.type(val), detail, edits, note, node)
 
 
 def names_of(program: Program, part: Part, sizes: Sizes) -> dict[fx.Node, str]:

@@ -1,0 +1,1 @@
+"""Readers of data sets whose questions calibrate: one published format per file."""

@@ -1,0 +1,121 @@
+"""A failed proof as one file: the tensors and rows that it ran on, so that this rewrite alone is proved again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .capture import capture
+from .certificate import Edited, error, outcome
+from .contract import Pass, Rewrite
+from .errors import Failed, Refused
+from .part_work import restricted
+from .plan import Plan, make_plan
+from .proof import Evidence, neutral
+
+PREFIX = "failed-proof-"
+
+
+def write(out: Path, plan: Plan, found: Evidence) -> Path:
+    """Write the file beside an output that was not made; its size is that of one part in float32."""
+    named: dict[str, Tensor] = {f"weight/{name}": tensor for name, tensor in found.tensors.items()}
+    named |= {f"value/{slot.name}": value for slot, value in found.values.items()}
+    named |= {f"row/{name}": value for name, value in found.rows.items() if isinstance(value, Tensor)}
+    said = {
+        "model": plan.program.path, "passes": ",".join(str(step.what) for step in plan.steps),
+        "scheme": plan.scheme.name, "target": plan.target.name, "tp": plan.tp, "seed": plan.seed,
+        "part": found.part.index, "step": found.step.index, "where": found.rewrite.where, "math": found.math,
+        "numbers": {name: value for name, value in found.rows.items() if isinstance(value, int)},
+    }  # fmt: skip
+    file = out.with_name(f"{PREFIX}{out.name}.safetensors")
+    save_file(
+        {name: t.detach().clone().contiguous() for name, t in named.items()}, file, {"qc": json.dumps(said)}
+    )
+    return file
+
+
+@dataclass(frozen=True)
+class Again:
+    """A proof that was run again: the rewrite, and by how much it changes the function (relative, float64)."""
+
+    where: str
+    edits: tuple[str, ...]
+    math: float
+    then: float
+    """What it was when the compile stopped."""
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{self.where}: changes the function by {self.math:.2g} (it was {self.then:.2g})",
+             *(f"  {edit}" for edit in self.edits)]
+        )  # fmt: skip
+
+
+def reproduce(
+    file: str | Path, *, model: Any = None, passes: str | Iterable[str | Pass] | None = None
+) -> Again:
+    """Prove the rewrite of a file again, by the passes as they are now.
+
+    Args:
+        file: What a compile with a failed proof wrote.
+        model: In place of the path that the file names, such as a module in memory.
+        passes: In place of those that the file names; needed where one of them has no registered name.
+
+    Raises:
+        Refused: The file is none of these, or the plan no longer has this rewrite.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            said = json.loads((opened.metadata() or {})["qc"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, KeyError, ValueError, SafetensorError) as error_:
+        raise Refused(f"{file}: this is no file of a failed proof ({error_})") from None
+    if model is None and said["model"] is None:
+        raise Refused(f"{file}: the model was in memory: give it, reproduce(file, model=...)")
+    program = capture(said["model"] if model is None else model, certify=False)
+    plan = make_plan(
+        program, said["passes"] if passes is None else passes, scheme=said["scheme"], target=said["target"],
+        tp=said["tp"], seed=said["seed"],
+    )  # fmt: skip
+    part = plan.program.parts[said["part"]]
+    rewrite, step = _of(plan, said, part, str(file))
+    following = plan.steps[step.index + 1] if step.index + 1 < len(plan.steps) else None
+    after = (following.program, following.bases) if following else (plan.final, plan.bases)
+    rows = {**{n[4:]: t for n, t in tensors.items() if n.startswith("row/")}, **said["numbers"]}
+    base = {**neutral(after[0], part), **{n[7:]: t for n, t in tensors.items() if n.startswith("weight/")}}
+    values = {slot: tensors[f"value/{slot.name}"] for slot in rewrite.slots}
+    before = outcome(step.program, part, base, rows, step.bases)
+    edited = Edited(after[0], base, rewrite.edits, values, torch.float64)
+    math = error(before, outcome(after[0], part, edited, rows, after[1]), rows)
+    return Again(
+        f"{rewrite.pass_name} at {rewrite.where} ({part.name})",
+        tuple(map(str, rewrite.edits)),
+        math,
+        said["math"],
+    )
+
+
+def _of(plan: Plan, said: Mapping[str, Any], part: Any, file: str) -> tuple[Rewrite, Any]:
+    if said["step"] < len(plan.steps):
+        step = plan.steps[said["step"]]
+        for rewrite in restricted(step, plan.program, part):
+            if rewrite.where == said["where"]:
+                return rewrite, step
+    raise Refused(f"{file}: step {said['step'] + 1} of the plan no longer rewrites {said['where']}")
+
+
+def kept(failed: Failed, plan: Plan, out: Path) -> Failed:
+    """The error of a failed proof, which now names the file that was written of it; any other error as it is."""
+    found = getattr(failed, "evidence", None)
+    if found is None:
+        return failed
+    file = write(out, plan, found)
+    return type(failed)(f"{failed}. qc reproduce {file} proves this rewrite alone again")

@@ -1,0 +1,67 @@
+"""A program as a networkx graph, for people who want to compute on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from ..canon import symbolic
+from ..program import Program
+from .regions import INSERTED, STUBS
+from .rows import Sizes, rows
+
+if TYPE_CHECKING:
+    import networkx
+
+
+def to_networkx(program: Program) -> networkx.DiGraph:
+    """The values of a program as nodes, an edge from each to those that read it. Every expert is there.
+
+    A node is called by its name in the FX graph. Its attributes: ``part`` (``prologue``, ``model.layers.0``, ...),
+    ``row`` (``v28``, its name in the text of the part, empty where it has no row), ``op`` (``linear``, ``attention``,
+    ``add``, ...), ``target`` (the module or parameter, qualified; empty for an op), ``type`` (``bf16[b, s, 576]``),
+    ``format`` (``W8A8``; empty where float), ``bits`` (of a linear's weight, 16 where float, 0 for what is no linear),
+    ``edits`` (what passes did to its weights, joined by ``; ``), ``note``, and ``inserted`` (whether a pass put it
+    there). An edge has ``operands``: the places among the inputs of its reader, joined by commas. The graph has
+    ``title``. All values are strings, integers and booleans, so that every writer of networkx takes them.
+    """
+    import networkx
+
+    sizes = Sizes(program)
+    graph = networkx.DiGraph(title=_title(program))
+    told = {row.node: row for part in program.parts for row in rows(program, part, sizes)}
+    names = {part.index: part.name for part in program.parts}
+    for node in program.graph.nodes:
+        if symbolic(node):
+            continue
+        row, leaf, scheme = told.get(node), program.leaf(node), node.meta.get("scheme")
+        linear = leaf is not None and leaf.kind == "linear"
+        graph.add_node(
+            node.name,
+            part=names[node.meta["part"]],
+            row=row.name if row else "",
+            op=row.op if row and row.op != "alike" else leaf.kind if leaf else _op(node),
+            target=str(node.target) if node.op in ("call_module", "get_attr") else "",
+            type=sizes.type(node.meta.get("val")),
+            format=str(scheme) if scheme is not None and linear else "",
+            bits=(scheme.weight.bits if scheme is not None and scheme.quantized else 16) if linear else 0,
+            edits="; ".join(node.meta.get("edits", ())),
+            note=str(node.meta.get("note", "")),
+            inserted=node.target in (*INSERTED, *STUBS),
+        )
+        inputs = [source for source in node.all_input_nodes if not symbolic(source)]
+        for source in inputs:
+            places = ",".join(str(i) for i, other in enumerate(node.all_input_nodes) if other is source)
+            graph.add_edge(source.name, node.name, operands=places)
+    return graph
+
+
+def _op(node: fx.Node) -> str:
+    target: Any = node.target
+    return str(getattr(target, "_opname", getattr(target, "__name__", target)))
+
+
+def _title(program: Program) -> str:
+    names = getattr(program.config, "architectures", None) or [type(program.root).__name__]
+    return f"{names[0]}, {len(program.blocks)} blocks"

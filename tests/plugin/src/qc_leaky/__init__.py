@@ -1,0 +1,1 @@
+"""A leaky rectifier as an op of its own, and what qc needs to compile models that have it."""
