@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import registry
@@ -45,14 +44,13 @@ from .program import Program
 from .recipe import Recipe
 from .reproducer import kept
 from .resident import peak
+from .rotation_file import write_rotation
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .settle import settled
 from .sink import sink_for
 from .solve import Progress, Solver
 from .source import ShapesOnly
-from .targets.ascendv1 import ROTATION_FILE
-from .targets.served import global_rotation
 from .twin_proof import prove_on_twin
 from .weights import Checkpoint
 
@@ -351,7 +349,7 @@ def _beside(
         copy_side_files(Path(program.path), path, options.trust_remote_code)
     for name, content in planned.target.files(layout).items():
         write_json(path / name, content, indent=4)
-    _write_rotation(planned, path)
+    write_rotation(planned, path)
     journal.save(path)
     text = plan_text(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
@@ -360,17 +358,6 @@ def _beside(
     planned.target.add(path)
     (path / CARD).write_text(model_card(planned, journal, data), encoding="utf-8")
     write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
-
-
-def _write_rotation(planned: Plan, path: Path) -> None:
-    """The rotation of the hidden state, ``x -> x Q``, float32 [hidden, hidden], where no server looks for weights."""
-    rotation = global_rotation(planned)
-    if rotation is None or not planned.layout.optional:
-        return
-    file = path / ROTATION_FILE
-    file.parent.mkdir(exist_ok=True)
-    matrix = rotation.times(torch.eye(rotation.width, dtype=torch.float64)).float().contiguous()
-    save_file({"global_rotation": matrix}, file)
 
 
 def _remote_code(program: Program, options: Options) -> list[str]:
