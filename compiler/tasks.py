@@ -55,7 +55,7 @@ def task_names(asked: str | Iterable[str], include: Sequence[str | Path] = ()) -
         if not Path(folder).is_dir():
             raise Refused(f"--include {folder}: no such directory; give one that holds task files (.yaml)")
     with _quiet():
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
         manager = TaskManager(include_path=[str(folder) for folder in include] or None)
     words = asked.split(",") if isinstance(asked, str) else list(asked)
@@ -99,8 +99,8 @@ def run_tasks(
         Refused: A data set cannot be had, or a task does not run.
     """
     with _quiet():
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+        from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
         served = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
         try:
