@@ -41,7 +41,6 @@ from .program import Program
 from .recipe import Recipe
 from .reproducer import kept
 from .resident import peak
-from .rotation_file import write_rotation
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
 from .settle import settled
