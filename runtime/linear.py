@@ -24,7 +24,7 @@ class IntegerLinear(nn.Module, ABC):
 
     A subclass says in ``tensors`` what it stores; buffers of that kind are allocated (they may live on meta)
     and filled by ``load_state_dict``. ``forward`` is one op of the namespace ``qc``, whose arithmetic is the
-    NPU's: exact integer sums, float32 scales, one rounding to the input's dtype. Inputs are float of [..., in_features].
+    NPU's: exact integer sums, float32 scales, one rounding to the dtype of the input, float [..., in_features].
     """
 
     type: ClassVar[str]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -188,7 +188,9 @@ class IntegerLinear(nn.Module, ABC):
         y = self.compute(x, inside)
         if self.rank:
             y = y + low_rank(x, *(self.get_buffer(name) for name in FACTORS))
-        return y if bias is inside else y + bias.to(y.dtype)
+        if bias is inside:
+            return y
+        return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))
 
     def prepare_for_npu(self) -> Self:
         """Bring the tensors into the form in which ``torch_npu`` takes them: what the NPU bodies of the ops need.
