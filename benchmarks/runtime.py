@@ -1,6 +1,6 @@
 """What a quantized model costs on this CPU beside the float one: weight memory, prefill and decode.
 
-``python -m benchmarks.runtime`` compiles SmolLM2-135M with 8-bit linears (``--scheme NAME`` takes another scheme), loads
+``python -m benchmarks.runtime`` compiles SmolLM2-135M with 8-bit linears (``--scheme NAME`` takes another), loads
 the float model in float32 and in bfloat16 and the quantized one, and times them in turn in one process: a pass over a
 prompt, and single tokens behind a cache. Seconds are medians over the rounds. ``--checkpoint DIR`` takes a directory
 that is compiled already.

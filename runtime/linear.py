@@ -225,10 +225,8 @@ class IntegerLinear(nn.Module, ABC):
     @property
     def scale(self) -> Tensor:
         """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
-        stored = self.get_buffer("weight_scale")
-        if self.prepared:
-            return stored
-        return stored.to(self.scale_dtype(self.dtype)).to(torch.float32)
+        stored, held = self.get_buffer("weight_scale"), self.scale_dtype(self.dtype)
+        return stored if self.prepared or held == torch.float32 else stored.to(held).to(torch.float32)
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""
