@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
-from . import registry
 from .attention_noise import AttentionNoise
 from .attention_sites import attention_sites
 from .capture import capture
+from .chart import bars
 from .compile import Model, Options, calibration_of, compute_dtype
+from .divergences import divergences
 from .errors import Refused
 from .fake_quant import fake_act, quantized_linears
+from .nearest import Nearest
 from .observe import Observers
-from .operand import Quantize, Statistic
-from .plan import make_plan
+from .operand import Statistic
 from .program import Part, Program
 from .roles import mixtures, peers, read_together, routers
 from .scheme import FLOAT, LinearScheme, Scheme
 from .scheme_names import scheme_named
 from .solve import MICROBATCH, Progress
 from .survey import FloatBlock, float_blocks
-from .view import BlockView, LinearHook
+from .view import LinearHook
 
-METRICS = ("kurtosis", "std", "quantile", "mse")
+METRICS = ("kurtosis", "std", "quantile", "mse", "kl")
 KINDS = ("linear", "layer", "attention")
 SHOWN, BAR = 15, 30
 """Rows of the table at least, and the length of the longest bar."""
@@ -68,7 +69,7 @@ def analyze(
         options: Calibration text, windows, dtype and tokenizer; the rest is not read.
         metric: None is ``kurtosis``, and ``mse`` of attentions.
         by: ``linear``, ``layer`` or ``attention``.
-        scheme: Formats for ``mse``.
+        scheme: Formats for ``mse`` and ``kl``.
         top: How many of the worst the list to exclude holds; ties with the last come too.
         report: Told of the progress.
 
@@ -84,14 +85,18 @@ def analyze(
     program = (
         model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
     )
-    data = calibration_of(program, options)
-    scores = sensitivity(
-        program, data.tokens, metric=metric, by=by, scheme=formats, compute=compute_dtype(program, options),
-        report=report,
-    )  # fmt: skip
+    data, compute = calibration_of(program, options), compute_dtype(program, options)
+    if metric == "kl":
+        scores = ranked(
+            divergences(program, data.tokens, formats, compute, by_layer=by == "layer", report=report)
+        )
+    else:
+        scores = sensitivity(
+            program, data.tokens, metric=metric, by=by, scheme=formats, compute=compute, report=report
+        )
     if not scores:
         raise Refused(f"--by {by}: the model has no {by} that could be looked at")
-    rounded = formats.name if metric == "mse" and by != "attention" else None
+    rounded = formats.name if metric in ("mse", "kl") and by != "attention" else None
     return Analysis(metric, by, rounded, scores, tuple(to_exclude(program, scores, by, top)))
 
 
@@ -101,8 +106,15 @@ def check_asked(metric: str, by: str, scheme: Scheme) -> None:
         raise Refused(f"--metric {metric} --by {by}: metrics are {', '.join(METRICS)}; by {', '.join(KINDS)}")
     if by == "attention" and metric != "mse":
         raise Refused(f"--by attention --metric {metric}: attentions are compared by mse")
-    if metric == "mse" and by != "attention" and not scheme.rules:
-        raise Refused(f"--metric mse --scheme {scheme.name}: give formats to round to, such as w8a8")
+    if metric in ("mse", "kl") and by != "attention" and not scheme.rules:
+        raise Refused(f"--metric {metric} --scheme {scheme.name}: give formats to round to, such as w8a8")
+
+
+def ranked(found: Mapping[str, float]) -> tuple[Score, ...]:
+    """The worst first; ties by name."""
+    return tuple(
+        sorted((Score(name, value) for name, value in found.items()), key=lambda s: (-s.value, s.name))
+    )
 
 
 @torch.no_grad()
@@ -129,7 +141,7 @@ def sensitivity(
     """
     found: dict[str, float] = {}
     left = routers(program)
-    nearest = _Nearest(program, scheme) if metric == "mse" and by != "attention" else None
+    nearest = Nearest(program, scheme) if metric == "mse" and by != "attention" else None
     attentions = {site.node: site.module for site in attention_sites(program)} if by == "attention" else {}
     noise = AttentionNoise({node: dict.fromkeys(range(3), "head") for node in attentions})
     observers: dict[str, Observers] = {}
@@ -149,7 +161,9 @@ def sensitivity(
             continue
         statistics = observers.pop(block.part.name).results()
         rows = {need.module: seen for need, seen in statistics.items() if need.kind == "rows"}
-        quantized, schemes = nearest.of(block, rows, statistics, program) if nearest else ({}, {})
+        quantized, schemes = (
+            nearest.of(block.part.name, block.tensors, rows, statistics) if nearest else ({}, {})
+        )
         if nearest is not None and by == "layer":
             hook = quantized_linears(quantized, schemes, compute)
             found[block.part.name] = _layer_error(block, hook)
@@ -164,9 +178,7 @@ def sensitivity(
         }
         found |= scores if by == "linear" else {block.part.name: max(scores.values(), default=0.0)}
     found |= {attentions[node]: error for node, error in noise.errors().items()}
-    return tuple(
-        sorted((Score(name, value) for name, value in found.items()), key=lambda s: (-s.value, s.name))
-    )
+    return ranked(found)
 
 
 def linears_of(program: Program, part: Part) -> list[str]:
@@ -197,40 +209,6 @@ def quantile(rows: Tensor) -> float:
 
 
 UNARY: Mapping[str, Callable[[Tensor], float]] = {"kurtosis": kurtosis, "std": std, "quantile": quantile}
-
-
-class _Nearest:
-    """The linears of a block as ``linear_quant`` rounds them in a scheme."""
-
-    def __init__(self, program: Program, scheme: Scheme) -> None:
-        rounding: Any = registry.get("passes", "linear_quant")
-        (step,) = make_plan(program, [rounding()], scheme=scheme, target="modelslim").require().steps
-        self.what = step.what
-        self.rewrites = {rewrite.where: rewrite for rewrite in step.answer.rewrites}
-
-    def needs(self, name: str) -> tuple[Statistic, ...]:
-        """What has to be seen of the input of a linear."""
-        found = self.rewrites.get(name)
-        return tuple(need for slot in found.slots for need in slot.needs) if found is not None else ()
-
-    def of(
-        self,
-        block: FloatBlock,
-        names: Iterable[str],
-        statistics: Mapping[Statistic, Tensor],
-        program: Program,
-    ) -> tuple[dict[str, QuantizedLinear], dict[str, LinearScheme]]:
-        """Integers and schemes of the linears of a block that the scheme quantizes."""
-        turned = frozenset(name for name, leaf in program.leaves.items() if leaf.transposed)
-        view = BlockView(block.part.name, block.tensors, statistics, torch.float32, 0, transposed=turned)
-        quantized, schemes = {}, {}
-        for name in names:
-            if (rewrite := self.rewrites.get(name)) is not None:
-                (edit,) = rewrite.edits
-                assert isinstance(edit.operand, Quantize)
-                quantized[name] = self.what.solve(rewrite, view)[edit.operand.slot]
-                schemes[name] = edit.operand.scheme
-        return quantized, schemes
 
 
 def _linear_error(rows: Tensor, weight: Tensor, q: QuantizedLinear | None, scheme: LinearScheme) -> float:
@@ -268,10 +246,21 @@ def to_exclude(program: Program, scores: Iterable[Score], by: str, top: int) -> 
     return list(found)
 
 
+def title(found: Analysis) -> str:
+    """What was looked at, and how."""
+    rounded = f" in {found.scheme}" if found.scheme else ""
+    metric = "KL in nats per token" if found.metric == "kl" else found.metric
+    return f"{metric} by {found.by}{rounded}, {len(found.scores)} in all; more is worse"
+
+
+def report_svg(found: Analysis) -> str:
+    """All scores as bars, the worst first."""
+    return bars(title(found), [(score.name, score.value) for score in found.scores])
+
+
 def report_text(found: Analysis) -> str:
     """A table with bars, the worst first, and a list that can be pasted."""
-    rounded = f" in {found.scheme}" if found.scheme else ""
-    lines = [f"{found.metric} by {found.by}{rounded}, {len(found.scores)} in all; more is worse", ""]
+    lines = [title(found), ""]
     most = max(abs(score.value) for score in found.scores) or 1.0
     width = max(len(score.name) for score in found.scores)
     shown = found.scores[: max(len(found.exclude), SHOWN)]

@@ -18,6 +18,7 @@ from . import registry
 from .calibration import Calibration, calibration
 from .capture import capture
 from .certify import vocabulary
+from .choose import check_asked, chosen
 from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, Refused
@@ -30,7 +31,7 @@ from .export import (
     write_json,
     write_manifest,
 )
-from .fallback import attentions_to_leave, level, loudest_attentions, most_sensitive, quantizers, without
+from .fallback import attentions_to_leave, level
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
@@ -43,6 +44,7 @@ from .recipe import Recipe
 from .resident import peak
 from .safetensors_io import ShardWriter
 from .scheme import Scheme
+from .settle import settled
 from .sink import sink_for
 from .solve import Progress, Solver
 from .source import ShapesOnly
@@ -83,11 +85,21 @@ class Options:
     """Every expert sees every calibration token, instead of those that are routed to it."""
     fallback: str = "L0"
     """``Lk``: the k places whose rounding is loudest on the calibration data stay float."""
+    avg_bits: float | None = None
+    """Choose the formats: those of least divergence within so many bits per weight."""
+    max_kl: float | None = None
+    """Choose the formats: those of fewest bits within so many nats per token."""
+    choose_from: str | None = None
+    """Formats to choose among; None is `menu.DEFAULT`."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
     def __post_init__(self) -> None:
         level(self.fallback)
+        check_asked(self.avg_bits, self.max_kl, self.choose_from)
+        if self.chooses and (self.scheme is not None or level(self.fallback)):
+            other = f"--fallback {self.fallback}" if self.scheme is None else "--scheme"
+            raise Refused(f"{other}: the formats are chosen by --avg-bits or --max-kl; leave one of them out")
         if self.tp < 1:
             raise Refused(f"--tp {self.tp}: at least 1")
         if not 0 <= self.seed < 2**32:
@@ -98,6 +110,11 @@ class Options:
             raise Refused(f"--dtype {self.dtype}: it is auto, {' or '.join(DTYPES)}")
         if self.device != "cpu":
             raise Refused(f"--device {self.device}: blocks are solved on the cpu; leave it out")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether formats are chosen by measured error."""
+        return self.avg_bits is not None or self.max_kl is not None
 
 
 @dataclass(frozen=True)
@@ -116,21 +133,47 @@ Passes = str | Iterable[str | Pass] | Recipe
 """What is asked for: as on the command line, as a list, or read from a recipe."""
 
 
-def plan(model: Model | Program, passes: Passes, options: Options | None = None) -> Plan:
-    """Everything that can be said before a weight is read. Its problems are listed, not raised."""
+def plan(
+    model: Model | Program, passes: Passes, options: Options | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Plan:  # fmt: skip
+    """Everything that can be said before a weight is read. Its problems are listed, not raised.
+
+    Where formats are chosen (``avg_bits``, ``max_kl``) the model runs for it, on the calibration data.
+    """
     given = options or Options()
     options = filled(passes, given)
     program = (
         model if isinstance(model, Program) else capture(model, trust_remote_code=options.trust_remote_code)
     )
-    planned = make_plan(
-        program, passes.passes if isinstance(passes, Recipe) else passes,
-        scheme=options.scheme, target=options.target, tp=options.tp, seed=options.seed,
-        calibrate_all_experts=options.calibrate_all_experts,
-        run=Run(options.samples, options.length, compute_dtype(program, options), tuple(map(str, options.calib))),
-    )  # fmt: skip
+
+    def planned_in(scheme: str | Scheme | None) -> Plan:
+        return make_plan(
+            program, passes.passes if isinstance(passes, Recipe) else passes,
+            scheme=scheme, target=options.target, tp=options.tp, seed=options.seed,
+            calibrate_all_experts=options.calibrate_all_experts,
+            run=Run(options.samples, options.length, compute_dtype(program, options), tuple(map(str, options.calib))),
+        )  # fmt: skip
+
+    planned = _chosen(program, planned_in, options, report) if options.chooses else planned_in(options.scheme)
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
     return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
+
+
+def _chosen(
+    program: Program,
+    planned_in: Callable[[Scheme | None], Plan],
+    options: Options,
+    report: Callable[[Progress], None],
+) -> Plan:
+    """The plan in the formats that the budget buys."""
+    if isinstance(program.source, ShapesOnly):
+        program.source.load(())
+    with _own_random_state():
+        return chosen(
+            planned_in, options.choose_from, calibration_of(program, options).tokens, avg_bits=options.avg_bits,
+            max_kl=options.max_kl, compute=compute_dtype(program, options), report=report,
+        )  # fmt: skip
 
 
 def served_otherwise(planned: Plan) -> tuple[str, ...]:
@@ -146,7 +189,8 @@ def served_otherwise(planned: Plan) -> tuple[str, ...]:
 def filled(passes: Passes, options: Options) -> Options:
     """The options, with the recipe's word where nothing was given. Refused when its calibration text is not there."""
     if (plan := named(passes)) is not None:
-        return replace(options, scheme=options.scheme or plan.scheme, target=options.target or plan.target)
+        scheme = None if options.chooses else options.scheme or plan.scheme
+        return replace(options, scheme=scheme, target=options.target or plan.target)
     if not isinstance(passes, Recipe):
         return replace(options, target=options.target or TARGET)
     return replace(
@@ -192,14 +236,18 @@ def compile(
     read = [Path(file) for file in (*options.calib, options.recipe) if file is not None]
     output = Output(out, force=options.force, inputs=read + _paths(model))
     output.check()
-    planned = plan(model, passes, given).require()
+    planned = plan(model, passes, given, report).require()
     if isinstance(planned.program.source, ShapesOnly):
         planned.program.source.load(())
     data = _data(planned, options)
-    if level(options.fallback):
-        planned = fallen_back(planned, data, options, report)
-    if attentions_to_leave(planned):
-        planned = attentions_left(planned, data, options, report)
+    if data is not None:
+        scheme = planned.scheme if options.chooses else options.scheme
+        again = replace(options, fallback="L0", avg_bits=None, max_kl=None, choose_from=None, scheme=scheme)
+        with _own_random_state():
+            planned = settled(
+                planned, options.fallback, data.tokens, compute_dtype(planned.program, options),
+                lambda passes: plan(planned.program, passes, again).require(), report,
+            )  # fmt: skip
     estimate = cost_of(planned).peak_bytes
     proved_first = prove_on_twin(planned)
     layout = planned.layout
@@ -210,44 +258,6 @@ def compile(
         where = f" ({error.filename})" if error.filename else ""
         raise Failed(f"{output.out}: {error.strerror or error}{where}; nothing is left there") from error
     return Result(Path(out), planned, journal, data)
-
-
-def fallen_back(
-    planned: Plan, data: Calibration | None, options: Options, report: Callable[[Progress], None]
-) -> Plan:
-    """The plan with its most sensitive linears left float, found on the calibration data."""
-    passes = [step.what for step in planned.steps]
-    if not quantizers(passes):
-        raise Refused(f"--fallback {options.fallback}: no pass of this plan quantizes linears; leave it out")
-    assert data is not None, "asked for below"
-    with _own_random_state():
-        names = most_sensitive(
-            planned, data.tokens, level(options.fallback), compute_dtype(planned.program, options), report
-        )
-    again = plan(planned.program, without(planned.steps, names), replace(options, fallback="L0")).require()
-    told = f"fallback {options.fallback}: {', '.join(names)} stay float, where rounding is heard most"
-    return replace(again, notes=(*planned.notes, told))
-
-
-def attentions_left(
-    planned: Plan, data: Calibration | None, options: Options, report: Callable[[Progress], None]
-) -> Plan:
-    """The plan with the attentions that ``fa_amp`` counts left float, found on the calibration data."""
-    assert data is not None, "asked for below"
-    passes, told = [step.what for step in planned.steps], []
-    for step in planned.steps:
-        count = int(step.what.options().get("fa_amp", 0))
-        if not count:
-            continue
-        with _own_random_state():
-            names = loudest_attentions(
-                planned, step, data.tokens, compute_dtype(planned.program, options), report
-            )
-        one: Any = step.what
-        passes[step.index] = replace(one, fa_amp=0, exclude=(*one.exclude, *names[:count]))
-        told.append(f"fa_amp={count}: {', '.join(names[:count])} stay float, where the grids are heard most")
-    again = plan(planned.program, passes, replace(options, fallback="L0")).require()
-    return replace(again, notes=(*planned.notes, *told))
 
 
 def _work(

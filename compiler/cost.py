@@ -53,6 +53,14 @@ class Cost:
         }  # fmt: skip
 
 
+def stored_bits(out: int, width: int, scheme: LinearScheme) -> int:
+    """Bits of a weight [out, width] on the device, with 32 per scale; float is 16 per weight."""
+    if scheme.weight is None:
+        return 16 * out * width
+    groups = width // scheme.weight.group if scheme.weight.group else 1
+    return scheme.weight.bits * out * width + 32 * out * groups
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     if count >= GIB:
@@ -73,7 +81,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
     here that varies between runs.
     """
     blocks = {part.index for part in plan.final.blocks}
-    bits, weights = 0.0, 0
+    bits, weights = 0, 0
     packed = 0  # bytes that int4 weights save on the device
     schemes: dict[str, int] = {}
     for node in plan.final.graph.nodes:
@@ -83,8 +91,7 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         scheme: LinearScheme = node.meta.get("scheme", FLOAT)
         out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
         count = out * width
-        groups = width // scheme.weight.group if scheme.weight and scheme.weight.group else 1
-        bits += count * scheme.weight.bits + 32 * out * groups if scheme.weight else 16 * count
+        bits += stored_bits(out, width, scheme)
         format = plan.formats.get(str(node.target))
         packed += count // 2 if format is not None and format.weight_bits == 4 and not format.packed else 0
         weights += count

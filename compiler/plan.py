@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,18 @@ from . import registry
 from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
 from .errors import Refused
 from .experts import ROUTED
+from .globs import unused_globs, unused_rules
 from .graph_edit import rewritten
 from .laws import is_attention
 from .program import Program
 from .roles import mixtures, roles_of
-from .scheme import Scheme, matches
+from .scheme import Scheme
 from .scheme_names import scheme_named
 from .sharing import consistent
 from .spelling import passes_of
 
 if TYPE_CHECKING:
+    from .choose import Choice
     from .memory import Run
 
 OF_THE_PASSES = Scheme("strategies")
@@ -62,6 +63,8 @@ class Plan:
     notes: tuple[str, ...]
     run: Run | None = None
     """How calibration runs, where somebody said so: peak memory depends on it."""
+    choice: Choice | None = None
+    """How its formats were chosen, where they were."""
 
     @property
     def needs_data(self) -> bool:
@@ -355,46 +358,3 @@ def nothing_matches(steps: Iterable[Step]) -> list[str]:
         + "".join(f"; nearest miss of {miss}" for miss in misses[:3])
         + ". `qc show` prints the graph, `qc why MODEL PATTERN` says more"
     ]
-
-
-def unused_globs(one: Pass, program: Program, setting: Setting) -> list[str]:
-    """Globs of a pass that choose none of the modules that it works on."""
-    problems = []
-    for option in ("include", "exclude"):
-        globs = [glob for glob in getattr(one, option, None) or () if glob != "*"]
-        names = list(one.named(program, setting)) if globs else []
-        problems += [f"{one.name}: {option} {why}" for glob in globs if (why := unused(glob, names, program))]
-    return problems
-
-
-def unused_rules(scheme: Scheme, program: Program) -> list[str]:
-    """Globs of a scheme that match no linear of a block."""
-    blocks = {part.index for part in program.blocks}
-    linears = [
-        str(node.target)
-        for node in program.graph.nodes
-        if (leaf := program.leaf(node)) and leaf.kind == "linear" and node.meta["part"] in blocks
-    ]
-    globs = [glob for rule in scheme.rules for glob in (*rule.include, *rule.exclude) if glob != "*"]
-    return [f"scheme {scheme.name}: {why}" for glob in globs if (why := unused(glob, linears, program))]
-
-
-def unused(glob: str, names: Iterable[str], program: Program) -> str:
-    """Why a glob chooses nothing among ``names``; empty when it chooses something."""
-    names = list(names)
-    if any(matches(name, (glob,)) for name in names):
-        return ""
-    if any(matches(name, (glob,)) for name in program.leaves):
-        return (
-            f"{glob!r} matches modules, but none that could be chosen here (such as {', '.join(names[:3])})"
-        )
-    return f"{glob!r} matches nothing{suggest(glob, names)}"
-
-
-def suggest(glob: str, names: Iterable[str]) -> str:
-    """``; did you mean '*.down_proj'?``: the glob with its last component spelled as a module is."""
-    head, dot, last = glob.rpartition(".")
-    close = difflib.get_close_matches(
-        last.strip("*"), sorted({name.rpartition(".")[2] for name in names}), n=1
-    )
-    return f"; did you mean {head + dot + close[0]!r}?" if close else ""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from .choice_text import choice_json
 from .contract import Rewrite
 from .cost import Cost, cost_of
 from .edit import Edit, Verb
@@ -126,6 +127,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for step in plan.steps
         ],
         "cost": cost_of(plan).numbers(),
+        "choice": None if plan.choice is None else choice_json(plan.choice),
         "calibration": None if run is None else {
             "needed": plan.needs_data, "samples": run.samples, "length": run.length, "files": list(run.calib),
             "compute_dtype": str(run.compute).removeprefix("torch."), "microbatch_tokens": run.microbatch,

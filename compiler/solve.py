@@ -42,6 +42,10 @@ Sink = Callable[[str, Tensor], None]
 """Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
 
 
+Watch = Callable[[Part, Mapping[str, Tensor]], None]
+"""Sees each part once all passes are done with it, with its tensors as they left them: float32, tables as they run."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What is being worked on, for whoever shows it."""
@@ -65,9 +69,9 @@ class Solver:
 
     def __init__(
         self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype,
-        report: Callable[[Progress], None] = lambda progress: None,
+        report: Callable[[Progress], None] = lambda progress: None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
-        self.plan, self.ids, self.sink, self.compute = plan, ids, sink, compute
+        self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
         self.microbatch = max(1, MICROBATCH // ids.shape[1])
         self.report = report
         self.journal = Journal()
@@ -200,6 +204,11 @@ class _PartSolver:
         if self.quantized:
             sqnr = solver.prover.sqnr(self.part, self.tensors, self.quantized, self.schemes)
             solver.journal.measured(self.part.name, sqnr)
+        if solver.watch is not None:
+            finished = {
+                n: rows.finished(self.plan.program, solver.compute) for n, rows in self.rowwise.items()
+            }
+            solver.watch(self.part, {**self.tensors, **finished})
         self._write()
         self._advance()
         solver.prover.finish(proved)

@@ -56,6 +56,20 @@ class Stream:
         )
         return {node.name: self.settle(node.name, value, bases) for node, value in outputs.items()}
 
+    def logits(
+        self,
+        index: int,
+        program: Program,
+        part: Part,
+        tensors: Mapping[str, Tensor],
+        bases: Sequence[Basis] = (),
+    ) -> Tensor:
+        """What the epilogue makes of one microbatch, [tokens, vocabulary]."""
+        env = self.enter(index, program, part, bases)
+        with torch.no_grad():
+            (logits,) = execute(program, part, tensors, env, dtype=self.dtype).values()
+        return logits.flatten(0, -2)
+
     def advance(self, outputs: Sequence[Values], needed: frozenset[str]) -> None:
         """Take the outputs of a part in, and drop what no later part needs."""
         self.batches = [

@@ -9,7 +9,7 @@ from typing import Any
 from ..compiler import registry
 from ..compiler.contract import Pass, Setting
 from ..compiler.errors import Refused
-from ..compiler.plan import unused_rules
+from ..compiler.globs import unused_rules
 from ..compiler.program import Program
 from ..compiler.scheme import FLOAT, Rule, Scheme
 from ..compiler.scheme_names import scheme_named

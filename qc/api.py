@@ -56,6 +56,7 @@ def compile(
     calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512, seed: int = 0,
     device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
     tokenizer: Any = None, calibrate_all_experts: bool = False,
+    avg_bits: float | None = None, max_kl: float | None = None, choose_from: str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> engine.Result:  # fmt: skip
     """Compile a model into the directory ``out``, which is there whole or not at all.
@@ -80,6 +81,10 @@ def compile(
         tokenizer: In place of the checkpoint's own; needed for models in memory.
         calibrate_all_experts: Let every expert of a mixture see every calibration token, instead of those that
             are routed to it.
+        avg_bits: Instead of a scheme: the formats of least divergence within so many bits per weight. How they were
+            chosen is ``result.plan.choice``.
+        max_kl: Instead of a scheme: the formats of fewest bits within so many nats per token.
+        choose_from: Formats to choose among, such as ``"w4a4,w8a8,float"``.
         report: Called with the progress.
 
     Raises:
@@ -90,6 +95,7 @@ def compile(
         scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
         device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
         calibrate_all_experts=calibrate_all_experts,
+        avg_bits=avg_bits, max_kl=max_kl, choose_from=choose_from,
     )  # fmt: skip
     return engine.compile(model, _asked(passes, config), out, options, report)
 
@@ -104,9 +110,9 @@ def analyze(
 
     Args:
         model: As for ``plan``.
-        metric: ``kurtosis``, ``std``, ``quantile`` or ``mse``; None is ``kurtosis``, and ``mse`` of attentions.
+        metric: ``kurtosis``, ``std``, ``quantile``, ``mse`` or ``kl``; None is ``kurtosis``, and ``mse`` of attentions.
         by: ``linear``, ``layer`` or ``attention``.
-        scheme: Formats that ``mse`` rounds to.
+        scheme: Formats that ``mse`` and ``kl`` round to.
         top: How many of the worst ``exclude`` of the result names.
         calib: As for ``compile``.
         samples: Calibration windows.

@@ -170,3 +170,43 @@ def test_the_table_tells_how_many_it_leaves_out() -> None:
     text = report_text(Analysis("mse", "layer", "w8a8", scores, ("model.layers.0.*",)))
     assert "mse by layer in w8a8, 40 in all" in text
     assert "and 25 more, down to 61" in text
+
+
+@pytest.mark.broad
+def test_divergences_add_up_to_what_layers_cost(home: Callable[[str], Home]) -> None:
+    """By layer is the sum of the linears of a layer, and four bits cost more than eight."""
+    place = home("llama")
+    given = Options(calib=(place.text,), dtype="float32", **SAMPLES)
+    linears = analyze(place.program, given, metric="kl", scheme="w4a4").scores
+    layers = {
+        s.name: s.value for s in analyze(place.program, given, metric="kl", by="layer", scheme="w4a4").scores
+    }
+    assert set(layers) == {part.name for part in place.program.blocks}
+    for name, value in layers.items():
+        assert value == pytest.approx(sum(s.value for s in linears if s.name.startswith(f"{name}.")))
+    eight = {s.name: s.value for s in analyze(place.program, given, metric="kl", scheme="w8a8").scores}
+    assert all(0 < eight[score.name] < score.value for score in linears)
+
+
+@pytest.mark.broad
+def test_scores_are_drawn(
+    home: Callable[[str], Home], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = home("llama")
+    common = [
+        "analyze",
+        str(place.path),
+        "--calib",
+        str(place.text),
+        "--samples",
+        "4",
+        "--length",
+        "24",
+        "--plot",
+    ]
+    assert main([*common, str(tmp_path / "scores.svg")]) == 0
+    drawn = (tmp_path / "scores.svg").read_text(encoding="utf-8")
+    assert drawn.count("<rect") == 1 + 7 * len(place.program.blocks)
+    assert "model.layers.0.mlp.down_proj" in drawn
+    assert main([*common, str(tmp_path / "scores.png")]) == 2
+    assert "ends in .svg" in capsys.readouterr().err

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
+
+from .options import check_drawing
 
 
 def add(commands: Any) -> None:
@@ -14,16 +17,17 @@ def add(commands: Any) -> None:
     )
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     command.add_argument(
-        "--metric", help="kurtosis, std, quantile or mse (default kurtosis; of attentions mse)"
+        "--metric", help="kurtosis, std, quantile, mse or kl (default kurtosis; of attentions mse)"
     )
     command.add_argument("--by", default="linear", help="linear, layer or attention (default linear)")
-    command.add_argument("--scheme", default="w8a8", help="formats that mse rounds to (default w8a8)")
+    command.add_argument("--scheme", default="w8a8", help="formats that mse and kl round to (default w8a8)")
     command.add_argument("--top", type=int, default=15, help="how many to leave out (default 15)")
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
     )
     command.add_argument("--samples", type=int, default=32, help="calibration windows (default 32)")
     command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    command.add_argument("--plot", metavar="FILE", help="draw the scores as bars (.svg)")
     command.add_argument("--dtype", default="auto", help="dtype of the run: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
     command.add_argument(
@@ -36,10 +40,12 @@ def run(args: argparse.Namespace) -> None:
     """``qc analyze``."""
     import dataclasses
 
-    from ..analyze import analyze, report_text
+    from ..analyze import analyze, report_svg, report_text
     from ..compile import Options
     from ..progress import shown
 
+    if args.plot is not None:
+        check_drawing("--plot", args.plot)
     options = Options(
         calib=tuple(f for fs in args.calib for f in fs), samples=args.samples, length=args.length,
         dtype=args.dtype, trust_remote_code=args.trust_remote_code,
@@ -54,6 +60,8 @@ def run(args: argparse.Namespace) -> None:
             top=args.top,
             report=report,
         )
+    if args.plot is not None:
+        Path(args.plot).write_text(report_svg(found), encoding="utf-8")
     if args.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:

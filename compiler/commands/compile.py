@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import options_of, passes_of, plan_options
+from .options import check_curve, options_of, passes_of, plan_options, show_choice
 
 
 def add(commands: Any) -> None:
@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> None:
     from ..compile import compile
     from ..progress import shown
 
+    check_curve(args)
     options = options_of(args)
     with shown() as report:
         result = compile(args.model, passes_of(args), args.out, options, report)
+    show_choice(args, result.plan)
     journal = result.journal
     data = result.calibration
     if data is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
+
+from ..errors import Refused
 
 
 def plan_options(command: argparse.ArgumentParser) -> None:
@@ -13,6 +16,23 @@ def plan_options(command: argparse.ArgumentParser) -> None:
     what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
     what.add_argument("--config", metavar="FILE", help="a recipe: YAML of apiversion modelslim_v1")
     command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    budget = command.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--avg-bits", type=float, metavar="B",
+        help="choose the formats: least divergence within B bits per weight, scales counted",
+    )  # fmt: skip
+    budget.add_argument(
+        "--max-kl", type=float, metavar="K",
+        help="choose the formats: fewest bits within K nats per token of divergence from the float model",
+    )  # fmt: skip
+    command.add_argument(
+        "--choose-from",
+        metavar="SCHEMES",
+        help="what --avg-bits and --max-kl choose among (w4a4,w4a8,w8a8,float)",
+    )
+    command.add_argument(
+        "--curve", metavar="FILE", help="draw the trade-off of --avg-bits or --max-kl (.svg)"
+    )
     command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
     command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
     command.add_argument(
@@ -39,7 +59,37 @@ def options_of(args: argparse.Namespace) -> Any:
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
         calibrate_all_experts=args.calibrate_all_experts,
+        avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
+
+
+def check_curve(args: argparse.Namespace) -> None:
+    """Refused for a chart of nothing, or one that cannot be written."""
+    if args.curve is None:
+        return
+    if args.avg_bits is None and args.max_kl is None:
+        raise Refused("--curve draws what --avg-bits or --max-kl choose from: give one of them")
+    check_drawing("--curve", args.curve)
+
+
+def check_drawing(option: str, file: str) -> None:
+    """Refused for a file that no chart can be written to."""
+    if not file.endswith(".svg"):
+        raise Refused(f"{option} {file}: charts are SVG; give a name that ends in .svg")
+    if not Path(file).resolve().parent.is_dir():
+        raise Refused(f"{option} {file}: its directory does not exist")
+
+
+def show_choice(args: argparse.Namespace, planned: Any) -> None:
+    """Print how formats were chosen, and draw it where asked."""
+    from ..choice_text import choice_svg, choice_text
+
+    if planned.choice is None:
+        return
+    if args.curve is not None:
+        Path(args.curve).write_text(choice_svg(planned.choice), encoding="utf-8")
+    if not (getattr(args, "json", False) or getattr(args, "yaml", False)):
+        print(choice_text(planned.choice))
 
 
 def passes_of(args: argparse.Namespace) -> Any:

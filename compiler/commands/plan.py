@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from typing import Any
 
 from ..errors import Refused
-from .options import options_of, passes_of, plan_options
+from .options import check_curve, options_of, passes_of, plan_options, show_choice
 
 
 def add(commands: Any) -> None:
@@ -36,14 +37,19 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..compile import plan
     from ..plan_text import plan_json, plan_text
+    from ..progress import shown
     from ..recipe_yaml import recipe_yaml
 
     try:
-        planned = plan(args.model, passes_of(args), options_of(args))
+        check_curve(args)
+        options = options_of(args)
+        with shown() if options.chooses else nullcontext(lambda progress: None) as report:
+            planned = plan(args.model, passes_of(args), options, report)
     except Refused as error:
         if args.json:
             print(json.dumps({"problems": [str(error)]}, indent=2))
         raise
+    show_choice(args, planned)
     if args.yaml:
         print(recipe_yaml(planned.require()), end="")
         return 0
