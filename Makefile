@@ -62,6 +62,7 @@ bench: $(STAMP)  ## the measurements of docs/benchmarks.md and docs/architecture
 	$(BIN)/python -m benchmarks.mutants
 	$(BIN)/python -m benchmarks.reach
 	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.runtime
 	$(BIN)/python -m benchmarks.accuracy
 
 clean:  ## remove what was built (the environment stays)

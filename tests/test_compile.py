@@ -44,6 +44,8 @@ EXPORTS = [
     ("llama-128", "w8a8", "iter_smooth,linear_quant", "vllm-ascend", 0.03),
     ("llama-128", "w8a8-static", "iter_smooth,linear_quant", "vllm-ascend", 0.05),
     ("llama-128", "w8a16", "linear_quant", "vllm-ascend", 0.02),
+    ("llama-128", "w8a8-mix", "linear_quant", "vllm-ascend", 0.05),
+    ("llama-128", "w4a8", "linear_quant", "modelslim", 0.4),
     ("llama-128", "w4a4", ONLINE, "vllm-ascend", 0.6),
     ("llama-128", "auto", ROTATED, "vllm-ascend", 0.5),
     ("llama-128", "float", "iter_smooth,quarot,iter_smooth", "vllm-ascend", 0.02),
