@@ -88,6 +88,8 @@ class Refinement:
     on_others: Gain | None
     """Of the new set as a whole, on the sequences of the check; None where nothing changes."""
     notes: tuple[str, ...] = ()
+    seemed: int = 0
+    """Samples that seemed to hurt, each alone."""
 
     @property
     def dropped(self) -> tuple[Verdict, ...]:
@@ -168,7 +170,7 @@ def refine(
         added=len(bad), kept=len(kept), checked=check.checked, refuted=check.refutes,
         on_added=check.gain(len(drop), cases) if cases else None,
         on_others=check.gain(len(drop), check.last) if drop or cases else None,
-        notes=notes,
+        notes=notes, seemed=len(hurts),
     )  # fmt: skip
 
 
