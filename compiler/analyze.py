@@ -26,6 +26,7 @@ from .roles import mixtures, peers, read_together, routers
 from .scheme import FLOAT, LinearScheme, Scheme
 from .scheme_names import scheme_named
 from .solve import MICROBATCH, Progress
+from .spread import kurtosis
 from .survey import FloatBlock, float_blocks
 from .view import LinearHook
 
@@ -187,14 +188,6 @@ def linears_of(program: Program, part: Part) -> list[str]:
     return [name for name in dict.fromkeys(names) if program.leaves[name].kind == "linear"]
 
 
-def kurtosis(rows: Tensor) -> float:
-    """Excess kurtosis of all values of rows [n, channels]."""
-    x = rows.flatten().double()
-    centred = x - x.mean()
-    variance = float(centred.square().mean())
-    return float(centred.pow(4).mean()) / variance**2 - 3 if variance > 0 else 0.0
-
-
 def std(rows: Tensor) -> float:
     """The largest magnitude over the largest standard deviation of a channel."""
     deviation = float((rows.double() - rows.double().mean(0)).square().mean(0).sqrt().max())
@@ -208,7 +201,11 @@ def quantile(rows: Tensor) -> float:
     return 2 * float(rows.abs().max()) / 254 / (high - low + 1e-10)
 
 
-UNARY: Mapping[str, Callable[[Tensor], float]] = {"kurtosis": kurtosis, "std": std, "quantile": quantile}
+UNARY: Mapping[str, Callable[[Tensor], float]] = {
+    "kurtosis": lambda rows: kurtosis(rows.double()),
+    "std": std,
+    "quantile": quantile,
+}
 
 
 def _linear_error(rows: Tensor, weight: Tensor, q: QuantizedLinear | None, scheme: LinearScheme) -> float:

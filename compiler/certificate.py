@@ -21,6 +21,7 @@ from .errors import NotEquivalent
 from .execute import execute, in_turn, inputs_of
 from .operand import Slot
 from .program import Part, Program
+from .view import LinearHook
 
 LIMIT = 1e-9
 """Largest relative Frobenius error of an EXACT rewrite, all ops in float64."""
@@ -100,6 +101,7 @@ def outcome(
     tensors: Mapping[str, Tensor],
     env: Mapping[str, Any],
     bases: Sequence[Basis],
+    linear: LinearHook | None = None,
 ) -> dict[str, Tensor]:
     """What a part computes in float64, by name, in the original basis; ``env`` is in the original basis too.
 
@@ -108,7 +110,7 @@ def outcome(
     nodes = {node.name: node for node in inputs_of(program, part)}
     inputs = {node: into(name, env[name], bases) for name, node in nodes.items()}
     with torch.no_grad():
-        outputs = execute(program, part, tensors, inputs, dtype=torch.float64, route=in_turn)
+        outputs = execute(program, part, tensors, inputs, dtype=torch.float64, linear=linear, route=in_turn)
     return {node.name: back(node.name, value, bases) for node, value in outputs.items()}
 
 

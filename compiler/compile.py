@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import registry
+from .beside import write_beside
 from .calibration import Calibration, calibration
 from .capture import capture
 from .certify import vocabulary
 from .choose import check_asked, chosen
+from .clock import Clock
 from .contract import Pass
 from .cost import cost_of
 from .errors import Failed, NotEquivalent, Refused
@@ -26,19 +27,16 @@ from .export import (
     RUN,
     Output,
     check_written,
-    copy_side_files,
-    exported_config,
     write_json,
-    write_manifest,
 )
 from .fallback import attentions_to_leave, level
 from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
+from .memory_limit import fitted, limit_of
 from .named import named
 from .plan import Plan, make_plan
-from .plan_text import plan_text
 from .program import Program
 from .recipe import Recipe
 from .reproducer import kept
@@ -49,10 +47,7 @@ from .settle import settled
 from .sink import sink_for
 from .solve import Progress, Solver
 from .source import ShapesOnly
-from .targets.ascendv1 import ROTATION_FILE
-from .targets.served import global_rotation
 from .twin_proof import prove_on_twin
-from .weights import Checkpoint
 
 TARGET = "vllm-ascend"
 """Who loads the result where nobody says."""
@@ -92,12 +87,18 @@ class Options:
     """Choose the formats: those of fewest bits within so many nats per token."""
     choose_from: str | None = None
     """Formats to choose among; None is `menu.DEFAULT`."""
+    timings: bool = False
+    """Let the report tell of this run too: its seconds, its memory, its host."""
+    max_memory: str | None = None
+    """Most resident memory of the compile, such as ``cpu=8GiB``: fewer tokens run at once where that is needed."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
     def __post_init__(self) -> None:
         level(self.fallback)
         check_asked(self.avg_bits, self.max_kl, self.choose_from)
+        if self.max_memory is not None:
+            limit_of(self.max_memory)
         if self.chooses and (self.scheme is not None or level(self.fallback)):
             other = f"--fallback {self.fallback}" if self.scheme is None else "--scheme"
             raise Refused(f"{other}: the formats are chosen by --avg-bits or --max-kl; leave one of them out")
@@ -157,6 +158,8 @@ def plan(
         )  # fmt: skip
 
     planned = _chosen(program, planned_in, options, report) if options.chooses else planned_in(options.scheme)
+    if options.max_memory is not None:
+        planned = fitted(planned, limit_of(options.max_memory))
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
     return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
 
@@ -233,7 +236,7 @@ def compile(
     """
     given = options or Options()
     options = filled(passes, given)
-    started = time.time()
+    report = clock = Clock(report)
     read = [Path(file) for file in (*options.calib, options.recipe) if file is not None]
     output = Output(out, force=options.force, inputs=read + _paths(model))
     output.check()
@@ -254,7 +257,7 @@ def compile(
     layout = planned.layout
     output.check(layout.nbytes)
     try:
-        journal = _work(planned, data, proved_first, output, options, report, (started, estimate))
+        journal = _work(planned, data, proved_first, output, options, clock, estimate)
     except NotEquivalent as error:
         raise kept(error, planned, output.out) from error
     except OSError as error:
@@ -265,27 +268,29 @@ def compile(
 
 def _work(
     planned: Plan, data: Calibration | None, proved: Any, output: Output, options: Options,
-    report: Callable[[Progress], None], begun: tuple[float, int | None],
+    clock: Clock, estimate: int | None,
 ) -> Journal:  # fmt: skip
-    """Solve the plan and write the whole output; ``begun`` is the time of the start and the estimated memory."""
-    layout, (started, estimate) = planned.layout, begun
+    """Solve the plan and write the whole output; ``estimate`` is what peak memory was thought to be."""
+    layout = planned.layout
     with output, _own_random_state():
         with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
-                sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=report,
+                sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=clock,
             )  # fmt: skip
             solver.journal.twin(proved)
             journal = solver.run()
         check_written(output.path, layout.specs)
-        _beside(planned, layout, data, journal, output.path, options)
-        write_json(output.path / RUN, {
-            "seconds": round(time.time() - started, 2), "peak_memory_bytes": peak(),
-            "estimated_peak_memory_bytes": estimate,
+        run = {
+            "seconds": round(clock.stop(), 2),
+            "stages": {stage: round(spent, 2) for stage, spent in clock.stages.items()},
+            "peak_memory_bytes": peak(), "estimated_peak_memory_bytes": estimate,
             "host": platform.node(), "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "removed": list(output.removed),
-        })  # fmt: skip
+        }  # fmt: skip
+        write_beside(planned, layout, data, journal, output.path, options, run if options.timings else None)
+        write_json(output.path / RUN, run)
     return journal
 
 
@@ -332,65 +337,6 @@ def _random_ids(program: Program, options: Options) -> Tensor:
     """Token ids for the proofs of a plan that needs no calibration data, [1, 64]."""
     generator = torch.Generator().manual_seed(options.seed)
     return torch.randint(0, vocabulary(program), (1, 64), generator=generator)
-
-
-def _beside(
-    planned: Plan, layout: Any, data: Calibration | None, journal: Journal, path: Path, options: Options
-) -> None:
-    """The files beside the weights: config, tokenizer, description, journal, graph, plan, manifest."""
-    program = planned.program
-    config = _config(program)
-    if config is not None:
-        tied = bool(planned.final.ties) if program.ties else None
-        write_json(
-            path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code)
-        )
-    if program.path is not None:
-        copy_side_files(Path(program.path), path, options.trust_remote_code)
-    for name, content in planned.target.files(layout).items():
-        write_json(path / name, content, indent=4)
-    _write_rotation(planned, path)
-    journal.save(path)
-    text = plan_text(
-        planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
-    )
-    (path / "qc_plan.txt").write_text(text, encoding="utf-8")
-    write_manifest(path, _inputs(program, options), text, planned.rewrites, _remote_code(program, options))
-
-
-def _write_rotation(planned: Plan, path: Path) -> None:
-    """The rotation of the hidden state, ``x -> x Q``, float32 [hidden, hidden], where no server looks for weights."""
-    rotation = global_rotation(planned)
-    if rotation is None or not planned.layout.optional:
-        return
-    file = path / ROTATION_FILE
-    file.parent.mkdir(exist_ok=True)
-    matrix = rotation.times(torch.eye(rotation.width, dtype=torch.float64)).float().contiguous()
-    save_file({"global_rotation": matrix}, file)
-
-
-def _remote_code(program: Program, options: Options) -> list[str]:
-    """Names of the Python files that came with the checkpoint and ran."""
-    if program.path is None or not options.trust_remote_code or not getattr(program.config, "auto_map", None):
-        return []
-    return sorted(file.name for file in Path(program.path).glob("*.py"))
-
-
-def _inputs(program: Program, options: Options) -> dict[str, Path]:
-    """What the output depends on: files of the checkpoint by their place in it, texts by order and name."""
-    source = program.source
-    found = {f"calib/{number}/{Path(file).name}": Path(file) for number, file in enumerate(options.calib, 1)}
-    if isinstance(source, Checkpoint):
-        found |= {f"model/{file.relative_to(source.path).as_posix()}": file for file in source.files}
-    if options.recipe is not None:
-        found[f"recipe/{options.recipe.name}"] = options.recipe
-    return found
-
-
-def _config(program: Program) -> dict[str, Any] | None:
-    if isinstance(program.source, Checkpoint):
-        return dict(program.source.config)
-    return program.config.to_dict() if program.config is not None else None
 
 
 @contextmanager

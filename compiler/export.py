@@ -336,14 +336,14 @@ def digests(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def write_manifest(
+def manifest_of(
     directory: Path,
     inputs: Mapping[str, Path],
     plan: str,
     rewrites: Mapping[str, int],
     remote_code: Iterable[str] = (),
-) -> None:
-    """Write ``qc_manifest.json``: versions, the plan, sha256 of every input and of every file written so far.
+) -> dict[str, Any]:
+    """A manifest: versions, the plan, sha256 of every input and of every file written so far.
 
     Args:
         directory: The output, complete but for the manifest; ``run.json`` is left out.
@@ -352,13 +352,23 @@ def write_manifest(
         rewrites: How many rewrites each pass of the plan makes.
         remote_code: Python files of the checkpoint that ran, because they were trusted.
     """
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    manifest = {
+    return {
         "versions": {name: version(name) for name in ("qc", "torch", "transformers")},
         "plan": plan,
         "rewrites": dict(rewrites),
         "remote_code": list(remote_code),
         "inputs": digests(inputs),
-        "outputs": digests({name: path for name, path in files.items() if name not in (MANIFEST, RUN)}),
+        "outputs": digests(_written(directory)),
     }
-    write_json(directory / MANIFEST, manifest)
+
+
+def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Write ``qc_manifest.json``, with the digests of files that were written since it was made."""
+    known: dict[str, Any] = manifest["outputs"]
+    since = digests({name: path for name, path in _written(directory).items() if name not in known})
+    write_json(directory / MANIFEST, {**manifest, "outputs": dict(sorted((known | since).items()))})
+
+
+def _written(directory: Path) -> dict[str, Path]:
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return {name: path for name, path in files.items() if name not in (MANIFEST, RUN)}

@@ -12,8 +12,28 @@ from .certificate import Certificate
 from .contract import Rewrite
 from .edit import Verb
 from .errors import Refused
+from .measured import Noise, Spreads
 
 FILE = "qc_journal.jsonl"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a pass found out while it solved one rewrite, see ``BlockView.measures`` and ``BlockView.curves``."""
+
+    measures: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, Any]:
+        """The keys of a journal entry, three digits of each number; none where nothing was told."""
+        found: dict[str, Any] = {}
+        if self.measures:
+            found["measures"] = {name: _three(value) for name, value in self.measures.items()}
+        if self.curves:
+            found["curves"] = {
+                name: [[step, _three(value)] for step, value in curve] for name, curve in self.curves.items()
+            }
+        return found
 
 
 @dataclass
@@ -27,28 +47,33 @@ class Journal:
         self.entries.append({"part": "twin", "outcome": outcome})
 
     def proved(
-        self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate,
-        measures: Mapping[str, float],
-    ) -> None:  # fmt: skip
-        """An EXACT rewrite of one part, with its certificate and what its pass measured."""
-        self._add(part, rewrite, edits, **_measures(measures), certificate={
+        self, part: str, rewrite: Rewrite, edits: Sequence[object], certificate: Certificate, told: Told
+    ) -> None:
+        """An EXACT rewrite of one part, with its certificate and what its pass told of it."""
+        self._add(part, rewrite, edits, certificate={
             "math": _short(certificate.math), "stored": _short(certificate.stored), "rows": certificate.rows,
-        })  # fmt: skip
+        }, **told.numbers())  # fmt: skip
 
     def learned(self, name: str, where: str, measures: Mapping[str, float]) -> None:
         """What a pass concluded from the whole float model, before anything was solved."""
-        self.entries.append({"survey": name, "where": where, "measures": {}, **_measures(measures)})
+        self.entries.append({"survey": name, "where": where, "measures": {}, **Told(measures).numbers()})
 
-    def changed(
-        self, part: str, rewrite: Rewrite, edits: Sequence[object], measures: Mapping[str, float]
-    ) -> None:
-        """A LOSSY rewrite of one part, with what its pass measured; its errors follow in ``measured``."""
-        self._add(part, rewrite, edits, **_measures(measures))
+    def changed(self, part: str, rewrite: Rewrite, edits: Sequence[object], told: Told) -> None:
+        """A LOSSY rewrite of one part, with what its pass told of it; its errors follow in ``measured``."""
+        self._add(part, rewrite, edits, **told.numbers())
 
-    def measured(self, part: str, sqnr: dict[str, float]) -> None:
-        """Signal to quantization noise of each quantized linear's output, in dB, on the proof's calibration rows."""
+    def measured(self, part: str, before: Spreads, after: Noise) -> None:
+        """What the linears of a part read and hold before and after all rewrites, and in dB the noise of integers.
+
+        ``sqnr_db`` is that of outputs on the proof's calibration row, ``weight_sqnr_db`` that of weights alone.
+        """
+        found = {"before": before.numbers(), "after": after.numbers()}
+        spread = {name: {when: found[when].get(name, {}) for when in found} for name in found["after"]}
+        noise = {"sqnr_db": after.output_db, "weight_sqnr_db": after.weight_db} if after.quantized else {}
         self.entries.append(
-            {"part": part, "sqnr_db": {name: round(value, 2) for name, value in sqnr.items()}}
+            {"part": part}
+            | {key: {name: round(value, 2) for name, value in of.items()} for key, of in noise.items()}
+            | {"spread": spread}
         )
 
     def idle(self, part: str, experts: Sequence[str], of: int) -> None:
@@ -145,9 +170,8 @@ def _line(name: str, own: Sequence[Mapping[str, Any]], noise: Sequence[float]) -
     return text
 
 
-def _measures(found: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """What a pass measured, in three digits; nothing where it measured nothing."""
-    return {"measures": {name: float(f"{value:.3g}") for name, value in found.items()}} if found else {}
+def _three(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def _short(value: float) -> float:

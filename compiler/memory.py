@@ -52,6 +52,8 @@ EDITED = 32
 """Bytes per weight of a linear while its edits are computed in float64: itself, a product, its copies."""
 PROOF_TOKENS = 128
 FLOAT32, FLOAT64 = 4, 8
+WITHOUT_DATA = ("load", "prove", "apply", "round")
+"""Phases of a block in which no calibration token runs; in the others the block's outputs are held too."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Run:
     """Dtype of calibration runs."""
     calib: tuple[str, ...] = ()
     """Files of calibration text."""
+    tokens: int = MICROBATCH
+    """Most tokens that run at once; a sequence is never cut."""
 
     @property
     def itemsize(self) -> int:
@@ -73,7 +77,7 @@ class Run:
     @property
     def microbatch(self) -> int:
         """Tokens that run at once: whole sequences, one at least."""
-        return min(self.samples, max(1, MICROBATCH // self.length)) * self.length
+        return min(self.samples, max(1, self.tokens // self.length)) * self.length
 
     def __str__(self) -> str:
         return f"{self.samples} x {self.length} tokens in {str(self.compute).removeprefix('torch.')}"
@@ -86,6 +90,24 @@ def peak_of(plan: Plan, run: Run, process: int | None = None) -> int:
     now = resident() if process is None else process
     estimate = now + KERNELS + int(UNUSED * held) + (_text(plan, run) if plan.needs_data else 0)
     return estimate if process is not None else max(estimate, peak())
+
+
+def largest_of(plan: Plan, run: Run) -> tuple[str, int]:
+    """What takes most of the peak, in words, and its bytes."""
+    sizes = _Sizes(plan, run)
+    found = {"the process before any weight is read": resident() + KERNELS}
+    if plan.needs_data:
+        found["the values between blocks, of all calibration tokens"] = sizes.streams() + sizes.stream()
+        found["what passes keep of the whole model before they solve"] = sizes.survey()
+    for part in plan.program.parts:
+        if part.kind < 0:
+            found[part.name] = sizes.ends(part)
+        else:
+            for phase, size in sizes.phases(part).items():
+                outputs = 0 if phase in WITHOUT_DATA else sizes.stream()
+                found[f"{part.name}, to {phase}"] = size - outputs
+    name = max(found, key=lambda one: found[one])
+    return name, found[name]
 
 
 def _text(plan: Plan, run: Run) -> int:
@@ -195,6 +217,10 @@ class _Sizes:
 
     def block(self, part: Part) -> int:
         """The largest phase of a block."""
+        return max(self.phases(part).values())
+
+    def phases(self, part: Part) -> dict[str, int]:
+        """What each phase of a block holds, by what it does."""
         run, names = self.run, parameters_of(self.program, part)
         source = self.program.source
         weights = {name: prod(source.shape(name)) for name in names}
@@ -210,20 +236,22 @@ class _Sizes:
         ]
         working = EDITED * max(edited, default=0)
         quantized = sum(s.out * s.width for s in linears if s.scheme is not None)
-        phases = [
-            stored + held,
-            held + working + PROOF_TOKENS * FLOAT64 * size.activations,
-            held + FLOAT32 * self.touched.get(part.index, 0) + working,
-            held + quantized + 2 * FLOAT64 * max((s.out * s.width for s in linears), default=0),
-        ]
+        phases = {
+            "load": stored + held,
+            "prove": held + working + PROOF_TOKENS * FLOAT64 * size.activations,
+            "apply": held + FLOAT32 * self.touched.get(part.index, 0) + working,
+            "round": held + quantized + 2 * FLOAT64 * max((s.out * s.width for s in linears), default=0),
+        }
         if self.plan.needs_data:
             running = held + cast + self.stream()
             activations = run.itemsize * self.run.microbatch * size.activations
-            phases.append(running + activations)
-            phases += [running + step.what.working_bytes(size) for step in self.plan.steps]
+            phases["observe"] = running + activations
+            phases |= {
+                f"solve {step.what.name}": running + step.what.working_bytes(size) for step in self.plan.steps
+            }
             if self.streams() > self.stream():
-                phases.append(running + self.stream() + activations + quantized * (1 + run.itemsize))
-        return max(phases)
+                phases["advance"] = running + self.stream() + activations + quantized * (1 + run.itemsize)
+        return phases
 
     def linears(self, part: Part) -> tuple[LinearSize, ...]:
         """The linears of a block in graph order, with the scheme that each gets."""

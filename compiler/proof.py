@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..runtime.divided import LEAF
 from ..runtime.outlier_channels import CHANNELS
 from ..runtime.quantized import QuantizedLinear
-from .certificate import Certificate, Edited, check, error, into, outcome, random_rows
+from .certificate import Certificate, Edited, check, error, outcome, random_rows
 from .contract import Basis, Rewrite
 from .errors import NotEquivalent
-from .execute import execute, in_turn, inputs_of
-from .fake_quant import fake_act
 from .incremental import Values
+from .measured import Noise, Spreads
 from .operand import Slot
 from .plan import Plan, Step
 from .program import Part, Program
@@ -42,6 +40,8 @@ class Proved:
     """What it computes with the rewrites so far, as they are kept (float32)."""
     values: Values | None = None
     """All its values with the rewrites so far, in the state of the step in work."""
+    spreads: Spreads = field(default_factory=Spreads)
+    """What its linears read and held before all rewrites."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class Prover:
 
     def start(self, part: Part, tensors: Mapping[str, Tensor]) -> Proved:
         """Run a part as it is."""
-        result = outcome(self.plan.program, part, tensors, self.env, ())
-        return Proved(part, result, result)
+        spreads = Spreads()
+        result = outcome(self.plan.program, part, tensors, self.env, (), spreads)
+        return Proved(part, result, result, spreads=spreads)
 
     def prove(
         self,
@@ -146,31 +147,14 @@ class Prover:
         cast = {name: t.to(dtype).double() if t.is_floating_point() else t for name, t in tensors.items()}
         return error(proved.original, outcome(program, part, cast, self.env, self.plan.bases), self.env)
 
-    def sqnr(
+    def measure(
         self, part: Part, tensors: Mapping[str, Tensor], quantized: Mapping[str, QuantizedLinear],
         schemes: Mapping[str, LinearScheme],
-    ) -> dict[str, float]:  # fmt: skip
-        """Signal to quantization noise of each quantized linear's output in dB, on the calibration row."""
-        found: dict[str, float] = {}
-
-        def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            y = F.linear(x, weight.to(x.dtype))
-            if name in quantized:
-                q = quantized[name]
-                rows = x[:1] if x.dim() > 2 else x  # of an expert all the rows that it has
-                noisy = F.linear(fake_act(rows, schemes[name], q), q.dense.to(x.dtype))
-                noise = float((noisy - y[: len(rows)]).pow(2).sum())
-                signal = float(y[: len(rows)].pow(2).sum())
-                found[name] = (
-                    10 * float(torch.log10(torch.tensor(signal / noise))) if noise > 0 else float("inf")
-                )
-            return y if bias is None else y + bias.to(x.dtype)
-
-        program, bases = self.plan.final, self.plan.bases
-        env = {node: into(node.name, self.env[node.name], bases) for node in inputs_of(program, part)}
-        with torch.no_grad():
-            execute(program, part, tensors, env, dtype=torch.float64, linear=hook, route=in_turn)
-        return found
+    ) -> Noise:  # fmt: skip
+        """Run a part with all its rewrites in float, and look at its linears and at the noise of their integers."""
+        noise = Noise(quantized, schemes)
+        outcome(self.plan.final, part, tensors, self.env, self.plan.bases, noise)
+        return noise
 
     def finish(self, proved: Proved) -> None:
         """Move the proof rows to the entrance of the next part; the second row of hidden states is drawn anew."""

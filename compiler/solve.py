@@ -19,7 +19,7 @@ from .contract import EXACT, Rewrite
 from .edit import Verb, apply, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
-from .journal import Journal
+from .journal import Journal, Told
 from .laws import shape
 from .observe import Observers, RowCounts
 from .operand import Quantize, Slot, Statistic, Stub
@@ -81,7 +81,7 @@ class Solver:
         report: Callable[[Progress], None] = lambda progress: None, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
-        self.microbatch = max(1, MICROBATCH // ids.shape[1])
+        self.microbatch = max(1, (plan.run.tokens if plan.run else MICROBATCH) // ids.shape[1])
         self.report = report
         self.journal = Journal()
         self.needed = needed_after(plan.program)
@@ -183,27 +183,28 @@ class _PartSolver:
             if not work.rewrites:
                 continue
             release()
-            solver.report(
-                Progress(self.part.name, self.part.index, len(self.plan.program.parts), work.step.what.name)
-            )
+            self._report(work.step.what.name)
             view = self._view(work)
             for rewrite in work.rewrites:
+                view.measures, view.curves = {}, {}
                 values = dict(work.step.what.solve(rewrite, view))
+                told = Told(view.measures, view.curves)
                 check_values(rewrite, values)
                 if rewrite.claim is EXACT:
                     certificate = solver.prover.prove(
                         proved, work.step, rewrite, self._proof_tensors(), values
                     )
-                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate, view.measures)
+                    solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate, told)
                 else:
-                    solver.journal.changed(self.part.name, rewrite, rewrite.edits, view.measures)
+                    solver.journal.changed(self.part.name, rewrite, rewrite.edits, told)
                 self._apply(rewrite, values)
+        self._report("write")
         if any(rewrite.claim is EXACT for work in self.work for rewrite in work.rewrites):
             error = solver.prover.stored(proved, self._proof_tensors(), self.plan.dtype)
             solver.journal.stored(self.part.name, error)
-        if self.quantized:
-            sqnr = solver.prover.sqnr(self.part, self.tensors, self.quantized, self.schemes)
-            solver.journal.measured(self.part.name, sqnr)
+        if self.is_block:
+            after = solver.prover.measure(self.part, self.tensors, self.quantized, self.schemes)
+            solver.journal.measured(self.part.name, proved.spreads, after)
         if solver.watch is not None:
             finished = {
                 n: rows.finished(self.plan.program, solver.compute) for n, rows in self.rowwise.items()
@@ -212,6 +213,10 @@ class _PartSolver:
         self._write()
         self._advance()
         solver.prover.finish(proved)
+
+    def _report(self, what: str) -> None:
+        parts = len(self.plan.program.parts)
+        self.solver.report(Progress(self.part.name, self.part.index, parts, what))
 
     def _prologue(self) -> None:
         solver, plan = self.solver, self.plan
@@ -310,11 +315,7 @@ class _PartSolver:
         view.batches = len(stream.batches)
         view.forward = forward
         view.target = lambda index: outputs[index][hidden]
-        view.report = lambda text: solver.report(
-            Progress(
-                self.part.name, self.part.index, len(self.plan.program.parts), f"{step.what.name} {text}"
-            )
-        )
+        view.report = lambda text: self._report(f"{step.what.name} {text}")
 
     def schemes_of(self, step: Step) -> list[str]:
         """The linears of this part that a step quantizes."""

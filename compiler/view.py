@@ -54,6 +54,8 @@ class BlockView:
     """Progress inside a long solve, one line."""
     measures: dict[str, float] = field(default_factory=dict)
     """Numbers that a pass found and the journal keeps, by name."""
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Numbers by the step of a search or a training, which the journal keeps too."""
 
     def weight(self, module: str) -> Tensor:
         """Weight of a linear [out, in] or norm [channels], float32."""

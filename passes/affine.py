@@ -11,6 +11,7 @@ from torch import Tensor
 from ..compiler.scheme import Int, LinearScheme
 from ..runtime.kronecker import rotate
 from ..runtime.quantize import qmax
+from .losses import Losses
 
 KEPT = 4.0
 """The logit of a clip ratio at the start: 0.982 (FlatQuant, arXiv 2410.09426, appendix)."""
@@ -109,11 +110,12 @@ def on_grid(x: Tensor, bits: int, clip: Tensor) -> Tensor:
 def train(
     affines: list[Affine], loss: Callable[[int], Tensor], training: list[int], held_out: list[int], *,
     iters: int, rate: float, generator: torch.Generator, report: Callable[[str], None],
-) -> tuple[float, float]:  # fmt: skip
+) -> Losses:  # fmt: skip
     """Train in place by AdamW, and keep the state of least loss on the held-out microbatches, the start included.
 
-    ``rate`` falls to zero along a cosine; clip ratios move ten times as fast. Returns the held-out loss before and
-    after. Source: FlatQuant (arXiv 2410.09426), section 3.1.
+    ``rate`` falls to zero along a cosine; clip ratios move ten times as fast.
+
+    Source: FlatQuant (arXiv 2410.09426), section 3.1.
     """
     moved = [[p for one in affines for p in one.parameters()], [p for one in affines for p in one.logits()]]
     tensors = [*moved[0], *moved[1]]
@@ -128,24 +130,27 @@ def train(
     def judged() -> float:
         return sum(float(loss(index)) for index in held_out) / len(held_out)
 
-    start = best = judged()
+    losses = Losses([(0, judged())])
     kept = [tensor.detach().clone() for tensor in tensors]
     every, order = max(1, iters // JUDGED), list[int]()
     for step in range(iters):
         if not order:
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
         optimizer.zero_grad()
-        loss(order.pop()).backward()
+        found = loss(order.pop())
+        losses.training.append(float(found.detach()))
+        found.backward()
         optimizer.step()
         schedule.step()
         if (step + 1) % every == 0 or step + 1 == iters:
             now = judged()
-            report(f"{step + 1}/{iters} loss {now:.4g}, start {start:.4g}")
-            if now < best:
-                best, kept = now, [tensor.detach().clone() for tensor in tensors]
+            report(f"{step + 1}/{iters} loss {now:.4g}, start {losses.start:.4g}")
+            if now < losses.best:
+                kept = [tensor.detach().clone() for tensor in tensors]
+            losses.held_out.append((step + 1, now))
     for tensor, state in zip(tensors, kept, strict=True):
         tensor.requires_grad_(False).copy_(state)
-    return start, best
+    return losses
 
 
 JUDGED = 5

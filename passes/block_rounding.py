@@ -261,15 +261,15 @@ class BlockRounding:
         indices = list(range(view.batches))
         held = indices[HELD_OUT - 1 :: HELD_OUT] or indices[-1:]
         self.training = True
-        start, best = train(
+        losses = train(
             self.roundings, lambda index: relative_error(forward(self.run, index), target(index)),
             [i for i in indices if i not in held] or indices, held, iters=training.iters,
             round_tuning=training.round_tuning, scale_tuning=training.scale_tuning,
             generator=view.generator(self.where), report=view.report,
         )  # fmt: skip
-        if not isfinite(start):
+        if not isfinite(losses.start):
             raise Failed(f"{self.where}: {NOT_FINITE}")
-        view.measures |= {"loss before training": start, "loss after training": best}
+        losses.tell(view)
         for name, rounding in self.roundings.items():
             integers, scale = rounding.result()
             self.done[name] = replace(self.done[name], weight=integers, scale=scale)

@@ -166,14 +166,14 @@ class FlatQuant(Pass):
 
         indices = list(range(view.batches))
         held = indices[HELD_OUT - 1 :: HELD_OUT] or indices[-1:]
-        start, best = train(
+        losses = train(
             list(found.values()), lambda index: relative_error(forward(hook, index), target(index)),
             [i for i in indices if i not in held] or indices, held, iters=self.iters, rate=self.lr,
             generator=view.generator(rewrite.where), report=view.report,
         )  # fmt: skip
-        if not isfinite(start):
+        if not isfinite(losses.start):
             raise Failed(f"{rewrite.where}: {NOT_FINITE}")
-        view.measures |= {"loss before training": start, "loss after training": best}
+        losses.tell(view)
         values: dict[Slot, Any] = {}
         for operand, one in found.items():
             values |= zip(operand.slots, (*one.factors(), torch.sigmoid(one.clip)), strict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.quantize import qmax, round_scale
+from .losses import Losses
 
 MOMENTUM = 0.8
 DAMPING = 0.5
@@ -136,13 +137,12 @@ def train(
     roundings: Mapping[str, Rounding], loss: Loss, training: Sequence[int], held_out: Sequence[int], *,
     iters: int, round_tuning: bool, scale_tuning: bool, generator: torch.Generator,
     report: Callable[[str], None] = lambda text: None,
-) -> tuple[float, float]:  # fmt: skip
+) -> Losses:  # fmt: skip
     """Train in place and keep the state with the least loss on the held-out microbatches, the start included.
 
     A step is the gradient's momentum times ``(H + λ I)⁻¹``, divided by the root mean square of its row and cut
     to [-1, 1]; its rate falls linearly to zero and is chosen so that ``iters`` steps move an offset by
-    ``TRAVEL`` integers at most: few iterations move little per step but as far in all. Returns the held-out
-    loss before and after.
+    ``TRAVEL`` integers at most: few iterations move little per step but as far in all.
 
     Source: SignRound / AutoRound (arXiv 2309.05516), section 3, for the objective; the sign is softened and
     preconditioned because a plain sign step is worse than a GPTQ start most of the way.
@@ -156,23 +156,26 @@ def train(
     def judged() -> float:
         return sum(float(loss(index)) for index in held_out) / len(held_out)
 
-    start = best = judged()
+    losses = Losses([(0, judged())])
     if not movers or not iters:
-        return start, best
+        return losses
     states = {name: r.state() for name, r in roundings.items()}
     every = max(1, iters // JUDGED)
     order: list[int] = []
     for step in range(iters):
         if not order:
             order = [training[i] for i in torch.randperm(len(training), generator=generator).tolist()]
-        grads = torch.autograd.grad(loss(order.pop()), [mover.tensor for mover in movers])
+        found = loss(order.pop())
+        losses.training.append(float(found.detach()))
+        grads = torch.autograd.grad(found, [mover.tensor for mover in movers])
         for mover, grad in zip(movers, grads, strict=True):
             mover.step(grad, 2 / iters * (1 - step / iters))
         if (step + 1) % every == 0 or step + 1 == iters:
             now = judged()
-            report(f"{step + 1}/{iters} loss {now:.4g}, start {start:.4g}")
-            if now < best:
-                best, states = now, {name: r.state() for name, r in roundings.items()}
+            report(f"{step + 1}/{iters} loss {now:.4g}, start {losses.start:.4g}")
+            if now < losses.best:
+                states = {name: r.state() for name, r in roundings.items()}
+            losses.held_out.append((step + 1, now))
     for name, rounding in roundings.items():
         rounding.restore(states[name])
-    return start, best
+    return losses

@@ -65,6 +65,7 @@ def compile(
     device: str = "cpu", dtype: str = "auto", force: bool = False, trust_remote_code: bool = False,
     tokenizer: Any = None, calibrate_all_experts: bool = False,
     avg_bits: float | None = None, max_kl: float | None = None, choose_from: str | None = None,
+    max_memory: str | None = None,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> engine.Result:  # fmt: skip
     """Compile a model into the directory ``out``, which is there whole or not at all.
@@ -93,6 +94,7 @@ def compile(
             chosen is ``result.plan.choice``.
         max_kl: Instead of a scheme: the formats of fewest bits within so many nats per token.
         choose_from: Formats to choose among, such as ``"w4a4,w8a8,float"``.
+        max_memory: Most resident memory, such as ``"cpu=8GiB"``.
         report: Called with the progress.
 
     Raises:
@@ -103,7 +105,7 @@ def compile(
         scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed,
         device=device, dtype=dtype, force=force, trust_remote_code=trust_remote_code, tokenizer=tokenizer,
         calibrate_all_experts=calibrate_all_experts,
-        avg_bits=avg_bits, max_kl=max_kl, choose_from=choose_from,
+        avg_bits=avg_bits, max_kl=max_kl, choose_from=choose_from, max_memory=max_memory,
     )  # fmt: skip
     return engine.compile(model, _asked(passes, config), out, options, report)
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qc.compiler.analyze import Score as S
-from qc.compiler.analyze import analyze, kurtosis, quantile, report_text, std, to_exclude
+from qc.compiler.analyze import analyze, quantile, report_text, std, to_exclude
 from qc.compiler.capture import capture
 from qc.compiler.cli import main
 from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
+from qc.compiler.spread import kurtosis
 from tests.homes import SAMPLES, Home
 from tests.programs import captured
 

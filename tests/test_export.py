@@ -22,6 +22,7 @@ from qc.compiler.export import (
     check_written,
     copy_side_files,
     exported_config,
+    manifest_of,
     write_json,
     write_manifest,
 )
@@ -381,11 +382,13 @@ def test_the_manifest_hashes_inputs_and_outputs_but_not_what_varies(tmp_path: Pa
         out.mkdir()
         write_json(out / "config.json", {"a": 1})
         write_json(out / "run.json", {"seconds": times})
-        write_manifest(out, {"model.safetensors": tmp_path / "input"}, "plan\ntext", {"fuse_norms": 3})
+        made = manifest_of(out, {"model.safetensors": tmp_path / "input"}, "plan\ntext", {"fuse_norms": 3})
+        (out / "report.html").write_text("made since")
+        write_manifest(out, made)
         manifests.append((out / "qc_manifest.json").read_bytes())
     assert manifests[0] == manifests[1]
     manifest = json.loads(manifests[0])
     assert manifest["plan"] == "plan\ntext"
     assert manifest["inputs"]["model.safetensors"]["sha256"] == hashlib.sha256(b"weights").hexdigest()
-    assert set(manifest["outputs"]) == {"config.json"}
+    assert list(manifest["outputs"]) == ["config.json", "report.html"]
     assert str(tmp_path) not in manifests[0].decode()

@@ -97,11 +97,12 @@ def test_training_finds_what_a_fixed_rotation_does_not_have() -> None:
         return (got - rows @ weight.T).square().mean()
 
     generator = torch.Generator().manual_seed(0)
-    before, after = train(
+    losses = train(
         [one], loss, list(range(7)), [7], iters=60, rate=0.02, generator=generator, report=lambda text: None
     )
-    assert after < 0.8 * before
-    assert float(loss(7)) == pytest.approx(after)
+    assert losses.best < 0.8 * losses.start
+    assert float(loss(7)) == pytest.approx(losses.best)
+    assert len(losses.training) == 60
     assert not any(tensor.requires_grad for tensor in [*one.parameters(), *one.logits()])
 
 

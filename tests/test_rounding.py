@@ -187,14 +187,15 @@ def trained(
     iters: int, *, round_tuning: bool = True, scale_tuning: bool = True
 ) -> tuple[float, float, Rounding]:
     rounding, loss, _ = problem()
-    start, best = train(
+    losses = train(
         {"l": rounding}, loss, [0, 1, 2], [3], iters=iters, round_tuning=round_tuning,
         scale_tuning=scale_tuning, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert float(loss(3).detach()) == pytest.approx(best, rel=1e-5), (
+    assert float(loss(3).detach()) == pytest.approx(losses.best, rel=1e-5), (
         "the state that is kept is the one of least loss"
     )
-    return start, best, rounding
+    assert len(losses.training) == (iters if round_tuning or scale_tuning else 0)
+    return losses.start, losses.best, rounding
 
 
 @pytest.mark.parametrize(("iters", "share"), [(10, 0.9), (50, 0.8)])
@@ -222,11 +223,11 @@ def test_what_is_not_tuned_stays() -> None:
 
 def test_a_training_that_only_hurts_keeps_its_start() -> None:
     rounding, loss, scale = problem()
-    start, best = train(
+    losses = train(
         {"l": rounding}, lambda index: loss(index) * (1 if index == 3 else -1), [0, 1, 2], [3], iters=10,
         round_tuning=True, scale_tuning=True, generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert best == start
+    assert losses.best == losses.start
     integers, kept = rounding.result()
     assert torch.equal(integers, quantize(rounding.weight, scale, 4))
     assert torch.equal(kept, scale)

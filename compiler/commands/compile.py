@@ -18,6 +18,9 @@ def add(commands: Any) -> None:
         "--fallback", default="L0", metavar="LK",
         help="leave the K most sensitive places float, found on the calibration data (L5)",
     )  # fmt: skip
+    command.add_argument(
+        "--timings", action="store_true", help="let report.html tell of this run: seconds, memory, host"
+    )
     command.add_argument("--force", action="store_true", help="replace OUT when it exists")
     command.set_defaults(run=run)
 
@@ -26,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """``qc compile``."""
     from ..compile import compile, plan
     from ..progress import shown
+    from ..report.page import REPORT
 
     check_curve(args)
     options = options_of(args)
@@ -51,4 +55,4 @@ def run(args: argparse.Namespace) -> None:
         )
     for line in journal.passes(result.plan.rewrites):
         print(line)
-    print(f"wrote {result.path}")
+    print(f"wrote {result.path}, see {result.path / REPORT}")

@@ -45,6 +45,10 @@ def plan_options(
     command.add_argument(
         "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
     )
+    command.add_argument(
+        "--max-memory", metavar="SIZE",
+        help="most resident memory, such as cpu=8GiB: fewer tokens run at once, or the plan says what is too large",
+    )  # fmt: skip
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
@@ -87,8 +91,8 @@ def options_of(args: argparse.Namespace) -> Any:
         scheme=args.scheme, target=args.target, tp=args.tp, calib=tuple(f for fs in args.calib for f in fs),
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
-        calibrate_all_experts=args.calibrate_all_experts,
-        avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
+        calibrate_all_experts=args.calibrate_all_experts, timings=getattr(args, "timings", False),
+        max_memory=args.max_memory, avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
     )  # fmt: skip
 
 
