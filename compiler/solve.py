@@ -50,7 +50,6 @@ MICROBATCH = 1024
 Sink = Callable[[str, Tensor], None]
 """Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
 
-
 Watch = Callable[[Part, Mapping[str, Tensor]], None]
 """Sees each part once all passes are done with it, with its tensors as they left them: float32, tables as they run."""
 
