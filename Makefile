@@ -63,6 +63,7 @@ bench: $(STAMP)  ## the measurements of docs/benchmarks.md and docs/architecture
 	$(BIN)/python -m benchmarks.reach
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.choosing
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.calibration
 
