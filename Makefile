@@ -62,7 +62,10 @@ bench: $(STAMP)  ## the measurements of docs/benchmarks.md and docs/architecture
 	$(BIN)/python -m benchmarks.mutants
 	$(BIN)/python -m benchmarks.reach
 	$(BIN)/python -m benchmarks.cost
+	$(BIN)/python -m benchmarks.runtime
+	$(BIN)/python -m benchmarks.choosing
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.calibration
 
 clean:  ## remove what was built (the environment stays)
 	rm -rf build dist qc.egg-info .pytest_cache .ruff_cache $(OUT)

@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-
 from .calibration import Calibration
 from .cost import cost_of
-from .export import copy_side_files, exported_config, manifest_of, write_json, write_manifest
+from .export import CARD, copy_side_files, exported_config, manifest_of, write_json, write_manifest
 from .journal import Journal
+from .model_card import model_card
 from .plan import Plan
 from .plan_text import plan_text
 from .program import Program
 from .report.data import report_data
 from .report.page import REPORT, page
-from .targets.ascendv1 import ROTATION_FILE
-from .targets.served import global_rotation
+from .rotation_file import write_rotation
 from .weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -29,40 +26,30 @@ def write_beside(
     planned: Plan, layout: Any, data: Calibration | None, journal: Journal, path: Path, options: Options,
     run: dict[str, Any] | None,
 ) -> None:  # fmt: skip
-    """The files beside the weights: config, tokenizer, description, journal, plan, report, manifest."""
+    """The files beside the weights: config, tokenizer, description, journal, plan, model card, report, manifest."""
     program = planned.program
     config = _config(program)
     if config is not None:
         tied = bool(planned.final.ties) if program.ties else None
-        write_json(
-            path / "config.json", exported_config(config, planned.dtype, tied, options.trust_remote_code)
-        )
+        whole = exported_config(config, planned.dtype, tied, options.trust_remote_code)
+        write_json(path / "config.json", planned.target.config(whole, layout))
     if program.path is not None:
         copy_side_files(Path(program.path), path, options.trust_remote_code)
     for name, content in planned.target.files(layout).items():
         write_json(path / name, content, indent=4)
-    _write_rotation(planned, path)
+    write_rotation(planned, path)
     journal.save(path)
     text = plan_text(
         planned, cost=cost_of(planned, peak=False), calibration=str(data.digest) if data else None
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
+    planned.target.add(path)
+    (path / CARD).write_text(model_card(planned, journal, data), encoding="utf-8")
     ran = _remote_code(program, options)
     manifest = manifest_of(path, _inputs(program, options), text, planned.rewrites, ran)
     told = page(report_data(planned, journal, manifest, data, run))
     (path / REPORT).write_text(told, encoding="utf-8")
     write_manifest(path, manifest)
-
-
-def _write_rotation(planned: Plan, path: Path) -> None:
-    """The rotation of the hidden state, ``x -> x Q``, float32 [hidden, hidden], where no server looks for weights."""
-    rotation = global_rotation(planned)
-    if rotation is None or not planned.layout.optional:
-        return
-    file = path / ROTATION_FILE
-    file.parent.mkdir(exist_ok=True)
-    matrix = rotation.times(torch.eye(rotation.width, dtype=torch.float64)).float().contiguous()
-    save_file({"global_rotation": matrix}, file)
 
 
 def _remote_code(program: Program, options: Options) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calib_readers.question import TooLong
 from .errors import Refused
 from .half_linear import HalfLinear, has_half_units
 from .load import load, load_tokenizer
@@ -28,14 +29,13 @@ class ModelAnswers:
         """The choice whose tokens have the highest log-likelihood after the prompt, the sum over its tokens.
 
         Prompt and choice are joined by a blank and tokenized as one; where all choices are one token more than what
-        they share, the model runs once. Empty where the model has no position for all tokens, here and below.
+        they share, the model runs once. TooLong where the model has no position for all tokens, here and below.
         """
         rows = [self._ids(f"{prompt} {choice}") for choice in choices]
         shared = min(self._shared(rows), min(len(row) for row in rows) - 1)
         if shared < 1:
             raise Refused("a question is empty: nothing comes before its choices")
-        if any(self._too_long(row) for row in rows):
-            return ""
+        self._check_length(max(map(len, rows)))
         with _fast_half(), torch.no_grad():
             if all(len(row) == shared + 1 for row in rows):
                 (scores,) = self._scores(rows[0][:shared], shared)
@@ -47,8 +47,7 @@ class ModelAnswers:
     def continued(self, prompt: str, longest: int) -> str:
         """The greedy continuation, without the prompt."""
         ids = torch.tensor([self._ids(prompt)])
-        if self._too_long(range(ids.shape[1] + longest)):
-            return ""
+        self._check_length(ids.shape[1] + longest)
         with _fast_half(), torch.no_grad():
             answer = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=longest, do_sample=False,
@@ -67,9 +66,11 @@ class ModelAnswers:
             )
         return ids
 
-    def _too_long(self, ids: Sequence[int]) -> bool:
-        """Whether the model has no position for all of them: it answers nothing then."""
-        return len(ids) > getattr(self.model.config, "max_position_embeddings", len(ids))
+    def _check_length(self, tokens: int) -> None:
+        """TooLong where the model has no position for so many tokens."""
+        positions = getattr(self.model.config, "max_position_embeddings", tokens)
+        if tokens > positions:
+            raise TooLong(f"{tokens} tokens, and {self.path} has {positions} positions")
 
     @staticmethod
     def _shared(rows: Sequence[Sequence[int]]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import registry
 from .calib_file import write_samples
-from .calib_readers.question import Answers, Question, Reader
+from .calib_readers.question import Answers, Question, Reader, TooLong
 from .errors import Refused
 
 GROUP = "calibration_readers"
@@ -40,6 +40,8 @@ class Drawn:
     questions: list[Question] = field(default_factory=list)
     asked: int = 0
     """Questions that a model was asked; 0 where none was."""
+    too_long: int = 0
+    """Questions that it could not be asked, because they are longer than it has positions for."""
 
     def __str__(self) -> str:
         answers = Counter(question.answer for question in self.questions if question.choices)
@@ -48,6 +50,7 @@ class Drawn:
         parts += [f"{len(subjects)} subject{'s' * (len(subjects) > 1)}"] if subjects else []
         inside = f" ({', '.join(parts)})" if parts else ""
         asked = f", the model was asked {self.asked}" if self.asked else ""
+        asked += f", {self.too_long} more are too long for it" if self.too_long else ""
         return f"{self.name}: {len(self.questions)} of {self.available}{inside}{asked}"
 
 
@@ -235,11 +238,15 @@ def _draw(
     """``size`` questions, or Refused where a model answers fewer right."""
     drawn = Drawn(one.name, len(questions))
 
-    def wanted(question: Question) -> bool:
+    def wanted(question: Question) -> bool | None:
         if answers is None:
             return True
+        try:
+            right = one.reader.right(question, answers)
+        except TooLong:
+            drawn.too_long += 1
+            return None
         drawn.asked += 1
-        right = one.reader.right(question, answers)
         report(one.name, len(drawn.questions) + right, size)
         return right
 
@@ -247,49 +254,55 @@ def _draw(
         drawn.questions.append(question)
         if len(drawn.questions) == size:
             return drawn
-    raise Refused(
-        f"--size {one.name}={size} --positive {model}: the model answers {len(drawn.questions)} of the "
-        f"{drawn.asked} questions right that it was asked"
-        + (
-            f"; choose at most {len(drawn.questions)}"
-            if drawn.questions
-            else "; leave the set out, or --positive"
-        )
-    )
+    much = f"choose at most {len(drawn.questions)}" if drawn.questions else "leave the set out, or --positive"
+    asked = f"answers {len(drawn.questions)} of the {drawn.asked} questions right that it was asked"
+    if drawn.too_long:
+        long = f"{drawn.too_long} are longer than it has positions for"
+        asked = f"{asked}, and {long}" if drawn.asked else f"was asked none of the questions: {long}"
+    raise Refused(f"--size {one.name}={size} --positive {model}: the model {asked}; {much}")
 
 
 def balanced(
-    questions: Sequence[Question], random: random.Random, wanted: Callable[[Question], bool] = lambda question: True
+    questions: Sequence[Question], random: random.Random,
+    wanted: Callable[[Question], bool | None] = lambda question: True,
 ):  # fmt: skip
     """Wanted questions in a random order: subjects in turn, and within one the choice that came least so far.
 
-    A subject that has no more is left out, and so is an answer after `PATIENCE` unwanted questions one after another.
+    A subject that has no more is left out, and so is an answer after `PATIENCE` unwanted questions one after another;
+    those of which ``wanted`` says None do not count.
     """
     subjects: dict[str, list[Question]] = {}
     for question in questions:
         subjects.setdefault(question.subject, []).append(question)
-    for own in subjects.values():
+    left: dict[str, _Left] = {}
+    for subject, own in subjects.items():
         random.shuffle(own)
+        left[subject] = {}
+        for place, question in enumerate(own):
+            label = question.answer if question.choices else ""
+            left[subject].setdefault(label, deque()).append((place, question))
     order = list(subjects)
     random.shuffle(order)
     turn, taken, misses = deque(order), Counter[str](), Counter[str]()
     while turn:
         subject = turn.popleft()
-        while (question := _next(subjects[subject], taken, misses)) is not None:
-            label = question.answer if question.choices else ""
-            if wanted(question):
+        while (label := _rarest(left[subject], taken, misses)) is not None:
+            _, question = left[subject][label].popleft()
+            answered = wanted(question)
+            if answered:
                 misses[label] = 0
                 taken[label] += 1
                 turn.append(subject)
                 yield question
                 break
-            misses[label] += 1
+            misses[label] += answered is not None
 
 
-def _next(left: list[Question], taken: Mapping[str, int], misses: Mapping[str, int]) -> Question | None:
-    """Takes the first question with the rarest answer out of a list; None where there is none."""
-    label = lambda question: question.answer if question.choices else ""  # noqa: E731
-    open_ = [index for index, question in enumerate(left) if misses.get(label(question), 0) < PATIENCE]
-    if not open_:
-        return None
-    return left.pop(min(open_, key=lambda index: (taken.get(label(left[index]), 0), index)))
+_Left = dict[str, deque[tuple[int, Question]]]
+"""Questions of a subject that were not drawn, with their places in the order, by what they are balanced by."""
+
+
+def _rarest(left: _Left, taken: Mapping[str, int], misses: Mapping[str, int]) -> str | None:
+    """The answer that was taken least so far, of two the one whose question comes first; None where none is left."""
+    open_ = [label for label, own in left.items() if own and misses.get(label, 0) < PATIENCE]
+    return min(open_, key=lambda label: (taken.get(label, 0), left[label][0][0]), default=None)

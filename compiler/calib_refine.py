@@ -42,6 +42,15 @@ class Gain:
     error: float
     """Standard error over the sequences that judge."""
 
+    @property
+    def sure(self) -> float:
+        """What is left of it two standard errors lower."""
+        return self.mean - 2 * self.error
+
+    def is_worth(self, share: float) -> bool:
+        """Whether it is at least so large, and beyond doubt."""
+        return self.mean >= share and self.sure > 0
+
     def __str__(self) -> str:
         return f"{-100 * self.mean:+.2f} % ± {100 * self.error:.2f}"
 
@@ -79,6 +88,8 @@ class Refinement:
     on_others: Gain | None
     """Of the new set as a whole, on the sequences of the check; None where nothing changes."""
     notes: tuple[str, ...] = ()
+    seemed: int = 0
+    """Samples that seemed to hurt, each alone."""
 
     @property
     def dropped(self) -> tuple[Verdict, ...]:
@@ -102,7 +113,8 @@ def refine(
         add: Files of bad cases: they are added to the set.
         judge: Texts on which errors are measured; none takes samples of the set, each time some that are in no set
             compared.
-        worth: Per cent of the error that a sample has to cost to be dropped. It has to be two standard errors too.
+        worth: Per cent of the error that a sample has to cost to be dropped, alone and beside what is dropped before
+            it. It has to be two standard errors too.
         most: Largest share of the samples that is dropped.
         report: Told of the progress.
 
@@ -140,13 +152,12 @@ def refine(
 
     whole = frozenset(range(len(own)))
     gains = leave_one_out(whole, judges, measure)
-    hurts = [i for i in sorted(whole, key=lambda i: -gains[i].mean) if _hurts(gains[i], worth / 100)]
-    drop = frozenset(hurts[: int(most * len(own))])
+    hurts = [i for i in sorted(whole, key=lambda i: (-gains[i].sure, i)) if gains[i].is_worth(worth / 100)]
     cases = tuple(range(len(own), len(own) + len(bad)))
-    check = _Check(whole, drop, cases, judges.last(drop))
-    if drop or cases:
-        check.run(measure)
-    drop = frozenset() if check.refutes else drop
+    check = Check(whole, hurts[: int(most * len(own))], cases, judges)
+    if check.hurts or cases:
+        check.run(measure, worth / 100)
+    drop = frozenset() if check.refutes else check.drop
     kept = [one for i, one in enumerate(looked_at) if i not in drop] + samples[len(looked_at) :] + bad
     path = write_samples(
         out, [one.line for one in kept], force=options.force, inputs=map(Path, (*data, *add, *judge))
@@ -157,9 +168,9 @@ def refine(
             Verdict(looked_at[i], gains[i], i in drop) for i in sorted(whole, key=lambda i: (-gains[i].mean, i))
         ),
         added=len(bad), kept=len(kept), checked=check.checked, refuted=check.refutes,
-        on_added=check.gain(bool(drop), cases) if cases else None,
-        on_others=check.gain(bool(drop), check.last) if drop or cases else None,
-        notes=notes,
+        on_added=check.gain(len(drop), cases) if cases else None,
+        on_others=check.gain(len(drop), check.last) if drop or cases else None,
+        notes=notes, seemed=len(hurts),
     )  # fmt: skip
 
 
@@ -226,12 +237,17 @@ class Judges:
         """Who judges a sample."""
         return self.groups[1] if sample in self.groups[0] else self.groups[0]
 
+    @property
+    def judging(self) -> tuple[tuple[int, ...], ...]:
+        """The groups that judge a sample."""
+        return self.groups[:1] if self.outside else self.groups
+
     def last(self, dropped: frozenset[int]) -> tuple[int, ...]:
         """Who checks what is to be dropped: sequences that judged nothing."""
         if self.outside:
             return self.groups[1]
         said = {*self.groups[0], *self.groups[1], *dropped}
-        return tuple(i for i in self.order if i not in said)[: len(self.groups[0])]
+        return tuple(i for i in self.order if i not in said)[:JUDGES]
 
 
 def leave_one_out(
@@ -260,42 +276,61 @@ def gain_of(before: Mapping[int, float], after: Mapping[int, float], judged: Seq
     return Gain(float(differences.sum()) / total, error / total)
 
 
-def _hurts(gain: Gain, least: float) -> bool:
-    return gain.mean > 0 and gain.mean >= least and gain.mean > 2 * gain.error
+class Check:
+    """One sample after another left out, on those who judge and on sequences that had no say; and the bad cases.
 
-
-class _Check:
-    """The whole set beside what is to become of it, on sequences that had no say, and on the bad cases."""
+    The gain of a sample alone is not its gain beside others. So of the samples that seem to hurt, the surest first, as
+    many are dropped as each still helps those who judge when the ones before it are gone.
+    """
 
     def __init__(
-        self, whole: frozenset[int], drop: frozenset[int], cases: tuple[int, ...], last: tuple[int, ...]
+        self, whole: frozenset[int], hurts: Sequence[int], cases: tuple[int, ...], judges: Judges
     ) -> None:
-        self.drop, self.cases, self.last = drop, cases, last
-        self.errors: dict[tuple[bool, bool], dict[int, float]] = {}
-        judged, left = (*last, *cases), {False: whole - set(last), True: whole - drop - set(last)}
+        self.hurts, self.cases, self.last = hurts, cases, judges.last(frozenset(hurts))
+        self.drop: frozenset[int] = frozenset()
+        self.errors: dict[tuple[int, bool], dict[int, float]] = {}
+        self.groups = [tuple(q for q in group if q not in hurts) for group in judges.judging]
+        left = [whole - set(hurts[:count]) for count in range(len(hurts) + 1)]
+        self.steps = [[Trial(kept - set(group), group) for kept in left] for group in self.groups if hurts]
         self.trials = {
-            (less, more): Trial(left[less] | set(cases if more else ()), judged)
-            for less in ((False, True) if drop else (False,))
+            (count, more): Trial(kept - set(self.last) | set(cases if more else ()), (*self.last, *cases))
+            for count, kept in enumerate(left)
             for more in ((False, True) if cases else (False,))
         }  # fmt: skip
 
-    def run(self, measure: Callable[[Sequence[Trial]], list[dict[int, float]]]) -> None:
-        """Measure all sets that are compared."""
-        self.errors = dict(zip(self.trials, measure(list(self.trials.values())), strict=True))
+    def run(self, measure: Callable[[Sequence[Trial]], list[dict[int, float]]], worth: float) -> None:
+        """Measure all sets that are compared, and choose what is dropped: each has to be worth so much."""
+        steps = [trial for group in self.steps for trial in group]
+        found = measure([*self.trials.values(), *steps])
+        self.errors = dict(zip(self.trials, found, strict=False))
+        judged = [q for group in self.groups for q in group]
+        each = len(self.hurts) + 1
+        rest = found[len(self.trials) :]
+        for count in range(1, each):
+            before, after = (
+                {k: v for one in rest[c::each] for k, v in one.items()} for c in (count - 1, count)
+            )
+            if not gain_of(before, after, judged).is_worth(worth):
+                break
+            self.drop = frozenset(self.hurts[:count])
 
     @property
     def checked(self) -> Gain | None:
         """Of dropping alone."""
-        return gain_of(self.errors[False, False], self.errors[True, False], self.last) if self.drop else None
+        return (
+            gain_of(self.errors[0, False], self.errors[len(self.drop), False], self.last)
+            if self.drop
+            else None
+        )
 
     @property
     def refutes(self) -> bool:
-        """Whether dropping does not help those who had no say."""
-        return self.checked is not None and self.checked.mean <= 0
+        """Whether it is in doubt that dropping helps those who had no say."""
+        return self.checked is not None and self.checked.sure <= 0
 
-    def gain(self, dropped: bool, judged: Sequence[int]) -> Gain:
+    def gain(self, dropped: int, judged: Sequence[int]) -> Gain:
         """Of all that is changed."""
-        return gain_of(self.errors[False, False], self.errors[dropped, bool(self.cases)], judged)
+        return gain_of(self.errors[0, False], self.errors[dropped, bool(self.cases)], judged)
 
 
 class _Tokens:

@@ -32,6 +32,9 @@ def report_text(found: Refinement) -> str:
         )
     else:
         lines.append("dropped nothing: no sample hurts enough")
+    stay = found.seemed - len(found.dropped)
+    if stay and not found.refuted:
+        lines.append(f"kept {stay} that seem to hurt alone: no gain beside the others, or more than --most")
     if found.added:
         together = ", with all changes"
         lines.append(

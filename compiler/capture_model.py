@@ -17,6 +17,7 @@ from .capture_attention import NAME
 from .capture_class import build, is_causal
 from .capture_experts import use_experts
 from .capture_lists import registered
+from .description import own_block
 from .errors import Refused
 
 HALF = (torch.bfloat16, torch.float16)
@@ -90,9 +91,15 @@ def weight_dtype(module: nn.Module) -> torch.dtype:
 
 
 def subject(
-    model: str | Path | nn.Module | PretrainedConfig, *, config: Any, trust_remote_code: bool
+    model: str | Path | nn.Module | PretrainedConfig,
+    *,
+    config: Any,
+    trust_remote_code: bool,
+    ours: bool = False,
 ) -> Subject:
     """Find out what is to be captured. Reads config.json at most; downloads a hub id's snapshot.
+
+    ``ours``: take a checkpoint that qc itself has quantized, with the config of the float model.
 
     Raises:
         Refused: No config, one that cannot be read, remote code that is not trusted, an encoder-decoder, a
@@ -108,7 +115,7 @@ def subject(
         return _to_build(model, None, trust_remote_code)
     path = _directory(str(model))
     if config is None:
-        config = _read_config(path, trust_remote_code)
+        config = _read_config(path, trust_remote_code, ours)
     _check_config(config, str(path))
     _check_causal(config, str(path), trust_remote_code)
     return _to_build(config, path, trust_remote_code)
@@ -156,7 +163,7 @@ def _directory(model: str) -> Path:
         ) from error
 
 
-def _read_config(path: Path, trust_remote_code: bool) -> Any:
+def _read_config(path: Path, trust_remote_code: bool, ours: bool = False) -> Any:
     file = path / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -164,14 +171,18 @@ def _read_config(path: Path, trust_remote_code: bool) -> Any:
         raise Refused(f"{file} is not valid JSON: {error}.\nDownload the checkpoint again.") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise Refused(f"{file} has no model_type, so transformers cannot tell what model it is.")
-    if raw.get("quantization_config"):
+    own = ours and own_block(path) is not None
+    if raw.get("quantization_config") and not own:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise Refused(
             f"{path} is quantized already (quant_method {method}).\n"
             "Give the float checkpoint from which it was made."
         )
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if own:
+            del config.quantization_config
+        return config
     except (
         Exception
     ) as error:  # transformers raises ValueError, KeyError, ImportError, StrictDataclassError...

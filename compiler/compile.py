@@ -47,6 +47,7 @@ from .settle import settled
 from .sink import sink_for
 from .solve import Progress, Solver
 from .source import ShapesOnly
+from .targets.verdict import check_taken
 from .twin_proof import prove_on_twin
 
 TARGET = "vllm-ascend"
@@ -273,7 +274,8 @@ def _work(
     """Solve the plan and write the whole output; ``estimate`` is what peak memory was thought to be."""
     layout = planned.layout
     with output, _own_random_state():
-        with ShardWriter(output.path, layout.specs, part_file_size=options.part_file_size) as writer:
+        stem = planned.target.stem(layout)
+        with ShardWriter(output.path, layout.specs, stem, options.part_file_size) as writer:
             solver = Solver(
                 planned, data.tokens if data else _random_ids(planned.program, options),
                 sink_for(planned, layout, writer), compute=compute_dtype(planned.program, options), report=clock,
@@ -281,6 +283,7 @@ def _work(
             solver.journal.twin(proved)
             journal = solver.run()
         check_written(output.path, layout.specs)
+        planned.target.finish(output.path, layout)
         run = {
             "seconds": round(clock.stop(), 2),
             "stages": {stage: round(spent, 2) for stage, spent in clock.stages.items()},
@@ -290,6 +293,7 @@ def _work(
             "removed": list(output.removed),
         }  # fmt: skip
         write_beside(planned, layout, data, journal, output.path, options, run if options.timings else None)
+        check_taken(planned.target, output.path, planned.tp, options.trust_remote_code)
         write_json(output.path / RUN, run)
     return journal
 

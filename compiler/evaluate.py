@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..runtime.phase import set_phase
 from .calibration import read_texts
 from .calibration import windows as cut
 from .errors import Refused
 from .half_linear import HalfLinear, has_half_units
+from .layer_error import LayerError, layer_errors
 from .load import load, load_tokenizer
+from .tasks import check_library
 
 ROWS = 128
 """Positions whose distributions over the vocabulary are compared at once."""
@@ -75,6 +78,7 @@ def evaluate(
     length: int = 512,
     clean: bool = True,
     dtype: torch.dtype | None = None,
+    phase: str | None = None,
 ) -> Evaluation:
     """Compare the model in ``path`` with the one in ``reference`` on a text.
 
@@ -89,10 +93,21 @@ def evaluate(
         length: Tokens of a window; each is predicted from those before it in the window.
         clean: Undo WikiText's separators first (see :func:`undo_separators`).
         dtype: In which floats run; default, each model's own.
+        phase: ``prefill`` or ``decode``, for linears that have two arithmetics (W8A8_MIX); None is prefill.
 
     Raises:
-        Refused: What ``load`` and ``calibration`` refuse; two vocabularies.
+        Refused: What ``load`` and ``calibration`` refuse; two vocabularies; a phase for a model without such linears.
     """
+    return measure(
+        path, reference, text_file, windows=windows, length=length, clean=clean, dtype=dtype, phase=phase
+    )[0]
+
+
+def measure(
+    path: str | Path, reference: str | Path, text_file: str | Path, *, windows: int = 40, length: int = 512,
+    clean: bool = True, dtype: torch.dtype | None = None, phase: str | None = None, by: str | None = None,
+) -> tuple[Evaluation, tuple[LayerError, ...]]:  # fmt: skip
+    """``evaluate``, and with ``by="layer"`` the error of every layer on the same windows."""
     if windows < 1:
         raise Refused(f"--windows {windows}: at least one window is compared")
     texts = read_texts([text_file])
@@ -104,6 +119,7 @@ def evaluate(
         length=length,
     )
     models = [load(directory, dtype=dtype) for directory in (path, reference)]
+    prepared(path, models[0], phase)
     sizes = [model.get_input_embeddings().get_parameter("weight").shape[0] for model in models]
     if sizes[0] != sizes[1]:
         raise Refused(
@@ -117,11 +133,43 @@ def evaluate(
     quantized, original = ((lambda ids, m=m: m(input_ids=ids, use_cache=False).logits) for m in models)
     with nullcontext() if has_half_units() else HalfLinear():
         try:
-            return compare(quantized, original, tokens)
+            found = compare(quantized, original, tokens)
         except IndexError as error:
             raise Refused(
                 f"{path} has no position for every token of a window of {length}: choose a smaller --length"
             ) from error
+        return found, layer_errors(*models, tokens) if by == "layer" else ()
+
+
+def prepared(path: str | Path, model: nn.Module, phase: str | None) -> nn.Module:
+    """A loaded model in a phase. Refused where none of its linears has two, so that the word would mean nothing."""
+    if phase is not None and not set_phase(model, phase):
+        raise Refused(
+            f"--phase {phase}: no linear of {path} computes otherwise in decode than in prefill (type W8A8_MIX);"
+            " leave it out"
+        )
+    return model
+
+
+def check_asked(
+    *, text: str | None, tasks: str | None, reference: str | None, by: str | None, plot: str | None,
+    limit: int | None = None, batch: int = 1,
+) -> None:  # fmt: skip
+    """Refuse options of ``qc eval`` that do not go together, before anything is loaded."""
+    wrong = {
+        "nothing to measure: give --text FILE, --tasks LIST, or both": text is None and tasks is None,
+        "--text compares with the float model: give --reference MODEL": text is not None
+        and reference is None,
+        f"--by {by} needs a text: give --text FILE": by is not None and text is None,
+        "--plot draws the errors of layers: give --by layer": plot is not None and by is None,
+        f"--limit {limit}: at least one document per task": limit is not None and limit < 1,
+        f"--batch {batch}: at least one sequence": batch < 1,
+    }
+    for message, found in wrong.items():
+        if found:
+            raise Refused(message)
+    if tasks is not None:
+        check_library()
 
 
 @torch.no_grad()

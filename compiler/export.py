@@ -29,6 +29,10 @@ from .shards import inside
 MANIFEST = "qc_manifest.json"
 RUN = "run.json"
 """What varies between two runs of one command: times, memory, host. No hash covers it."""
+CARD = "README.md"
+"""The model card. No hash covers it: people write into it, and ``qc eval --card`` does."""
+UNHASHED = (MANIFEST, RUN, CARD)
+"""What the manifest does not name."""
 SHARED = ("input_scale", "input_offset", "left_trans", "right_trans", "clip_ratio")
 """Tensors of a linear that have no axis of outputs."""
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "tokenizer*")
@@ -275,6 +279,7 @@ def exported_config(
         result["torch_dtype"] = name
     if not remote_code:
         result.pop("auto_map", None)
+    result.pop("transformers_weights", None)
     return result
 
 
@@ -346,7 +351,7 @@ def manifest_of(
     """A manifest: versions, the plan, sha256 of every input and of every file written so far.
 
     Args:
-        directory: The output, complete but for the manifest; ``run.json`` is left out.
+        directory: The output, complete but for the manifest; ``run.json`` and the model card are left out.
         inputs: Files that the output depends on, by a name that says nothing of this machine.
         plan: The plan as text.
         rewrites: How many rewrites each pass of the plan makes.
@@ -371,4 +376,4 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 def _written(directory: Path) -> dict[str, Path]:
     files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    return {name: path for name, path in files.items() if name not in (MANIFEST, RUN)}
+    return {name: path for name, path in files.items() if name not in UNHASHED}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..runtime.phase import PHASES, set_phase
 from .errors import Refused
 from .load import load, load_tokenizer
 
@@ -18,6 +19,7 @@ def generate(
     max_new_tokens: int = 64,
     chat: bool | None = None,
     dtype: torch.dtype | None = None,
+    phase: str = "served",
 ) -> str:
     """The greedy continuation of a prompt, without the prompt.
 
@@ -27,6 +29,8 @@ def generate(
         max_new_tokens: Longest answer, in tokens.
         chat: Whether the prompt is wrapped in the tokenizer's chat template; default, when it has one.
         dtype: As for ``load``.
+        phase: For linears with two arithmetics (W8A8_MIX): ``served`` runs the prompt as prefill and each token behind
+            it as decode; ``prefill`` and ``decode`` run all in one.
 
     Raises:
         Refused: What ``load`` refuses; no readable tokenizer; ``chat`` without a template; an empty prompt.
@@ -50,7 +54,10 @@ def generate(
     tokens = given["input_ids"]
     if tokens.shape[-1] == 0:
         raise Refused("the prompt is empty: say something")
+    if phase not in PHASES:
+        raise Refused(f"phase {phase!r}: it is {', '.join(PHASES)}")
     model: Any = load(path, dtype=dtype)
+    set_phase(model, phase)
     rows, highest = model.get_input_embeddings().get_parameter("weight").shape[0], int(tokens.max())
     if highest >= rows:
         raise Refused(

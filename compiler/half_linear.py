@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from ..runtime.cpu_units import has_units
+
 HALF = (torch.bfloat16, torch.float16)
 
 
 def has_half_units() -> bool:
     """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or Arm's bf16)."""
-    return any("bf16" in name and there for name, there in torch.cpu.get_capabilities().items())
+    return has_units("bf16")
 
 
 class HalfLinear(TorchFunctionMode):

@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_renamings,
-    rename_source_key,
-)
 
-from ..runtime.divided import INNER, LEAF, DividedLinear
-from ..runtime.formats import BESIDE, FORMATS, type_of
-from ..runtime.linear import ROTATIONS, IntegerLinear
-from ..runtime.norm import RMSNormBias
-from ..runtime.w4a8 import SHARES, W4A8Dynamic
-from .capture_attention import NAME
 from .capture_experts import register as register_experts
-from .capture_experts import stacks_of, use_experts
-from .capture_grids import check_grids_run, install_grids
+from .capture_grids import check_grids_run
 from .capture_model import constants, is_hub_id, subject
+from .description import description_of, own_block
 from .errors import Refused
-from .expert_weights import place_of
-from .safetensors_io import Entry
-from .shards import find_shards, read_json
+from .load_modules import QuantizedCheckpoint, check_exact, install
+from .shards import read_json
 from .weights import Checkpoint
-
-DESCRIPTION = "quant_model_description.json"
-FLOAT = "FLOAT"
-FLOATS = (FLOAT, "W16A16S")
-"""Types of tensors that are what they are in the float model; the second is of pruned ones."""
-_PROBE = 1e-2
-"""Input at which a norm shows its eps: its square is near what eps usually is."""
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal language model in a directory, in evaluation mode on CPU, read from its files alone.
 
-    A directory with ``quant_model_description.json`` (what ``qc compile`` writes) gets integer linears that
-    compute what the served ones compute; one without is an ordinary float checkpoint.
+    A directory with ``quant_model_description.json``, or with a ``quantization_config`` of qc in its config.json,
+    gets integer linears that compute what the served ones compute; any other is an ordinary float checkpoint.
 
     Args:
         path: A checkpoint directory, or a hub id.
@@ -60,28 +37,23 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
             is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own.
     """
     register_experts()
-    given = subject(path, config=None, trust_remote_code=False)
+    given = subject(path, config=None, trust_remote_code=False, ours=True)
     path = given.path or Path(path)
-    stored = _dtype(given.config)
+    description = description_of(path)
+    stored = stored_dtype(path)
     chosen = replace(given, dtype=dtype or stored, stored=None)
     model = chosen.on_meta(None, experts=None)
     if not isinstance(model, PreTrainedModel):
         raise Refused(f"{path}: {type(model).__name__} is no transformers model")
     buffers = constants(model, chosen)
-    quantized, grids = (path / DESCRIPTION).is_file(), frozenset[str]()
-    if quantized:
-        name_of = _install(model, path, stored, dtype or stored)
-        description, entries = read_json(path / DESCRIPTION), find_shards(path).entries
-        grids = install_grids(model, description, entries, name_of, str(path))
+    grids = frozenset[str]()
+    if description is not None:
+        name_of, grids = install(model, path, description, stored, dtype or stored)
         source: Checkpoint = QuantizedCheckpoint(path, model, name_of)
+        check_exact(model, source)
     else:
         source = Checkpoint(path, model)
-    if quantized and source.unused:
-        raise Refused(
-            f"{path}: {len(source.unused)} tensors belong to no part of the model that config.json describes,"
-            f" among them {', '.join(source.unused[:3])}"
-        )
-    model.load_state_dict(_in_dtype(model, source.load(source.names()), path), assign=True, strict=True)
+    model.load_state_dict(_in_dtype(model, source.load(source.names())), assign=True, strict=True)
     for name, buffer in buffers.items():
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module)._buffers[leaf] = buffer
@@ -92,18 +64,6 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     if grids:
         check_grids_run(model, grids, str(path))
     return model
-
-
-class QuantizedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are those of integer linears: ``name_of`` says to which parameter one belongs."""
-
-    def __init__(self, path: Path, model: nn.Module, name_of: Callable[[str], str]) -> None:
-        self._name_of = name_of
-        super().__init__(path, model)
-
-    def _parameter(self, disk: str, *table: Any) -> tuple[str, str | None]:
-        name = self._name_of(disk)
-        return (name, None) if name in self._expected else super()._parameter(disk, *table)
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -123,208 +83,16 @@ def load_tokenizer(path: str | Path) -> Any:
         ) from error
 
 
-def _dtype(config: Any) -> torch.dtype:
-    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    found = getattr(torch, found, None) if isinstance(found, str) else found
-    return found or torch.float32
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype of the model that a directory was made for: integer linears hold some of their tensors in it."""
+    config = read_json(path / "config.json")
+    for part in (own_block(path) or {}, config, config.get("text_config") or {}):
+        found = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
+        if isinstance(found, torch.dtype):
+            return found
+    return torch.float32
 
 
-def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Tensors in the dtypes that the model has: floats of float modules are cast, the rest must agree."""
-    exact = {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if isinstance(module, IntegerLinear)
-        for leaf in module.tensors(bias=module.bias is not None)
-    }
-    result: dict[str, Tensor] = {}
-    for name, wanted in model.state_dict().items():
-        tensor = tensors[name]
-        if tensor.dtype != wanted.dtype and name in exact:
-            raise Refused(f"{path}: {name} is stored as {tensor.dtype}; its type needs {wanted.dtype}")
-        result[name] = tensor.to(wanted.dtype)
-    return result
-
-
-def _install(
-    model: PreTrainedModel, path: Path, stored: torch.dtype, dtype: torch.dtype
-) -> Callable[[str], str]:
-    """Put the modules on meta that the files call for; returns how a tensor on disk is named in the model."""
-    description = read_json(path / DESCRIPTION)
-    entries = find_shards(path).entries
-    name_of = _renaming(model)
-    types = {
-        key.removesuffix(".weight"): kind for key, kind in description.items() if key.endswith(".weight")
-    }
-    for disk in entries:
-        if disk.endswith(".weight") and disk.removesuffix(".weight") not in types:
-            raise Refused(f"{path / DESCRIPTION}: no entry for {disk}, so its type is not known")
-    inside = {name for name, module in model.named_modules() if stacks_of(module)}
-    integers = (name_of(f"{prefix}.weight") for prefix, kind in types.items() if kind not in FLOATS)
-    if any(name.rsplit(".", 3)[0] in inside for name in integers):
-        use_experts(model, NAME)
-    for prefix, kind in types.items():
-        if kind in FLOATS:
-            continue
-        where = f"{path}: {prefix}"
-        if f"{prefix}.weight" not in entries:
-            raise Refused(f"{where} is {kind} by the description, but its weight is in no file")
-        outer = prefix.removesuffix(f".{INNER}")
-        whole = f"{outer}.{LEAF}" in entries and outer != prefix
-        name = name_of(f"{outer if whole else prefix}.weight").removesuffix(".weight")
-        module: nn.Module = _linear(model, name, kind, prefix, entries, stored, where)
-        if whole:
-            module = DividedLinear(module, entries[f"{outer}.{LEAF}"].shape[0], dtype)
-        _replace(model, name, module)
-    expected = model.state_dict()
-    for disk in entries:
-        name = name_of(disk)
-        if disk.endswith(".bias") and name not in expected:
-            _give_bias(model, name.removesuffix(".bias"), dtype, f"{path}: {disk}")
-    return name_of
-
-
-def _renaming(model: PreTrainedModel) -> Callable[[str], str]:
-    """Names on disk to names in the model, as transformers renames them; those of an expert to its own linears."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    patterns = {pattern: list(c.source_patterns) for c in converters for pattern in c.source_patterns}
-    expected, prefix = model.state_dict(), model.base_model_prefix or None
-    stacks = {f"{n}.{s.name}": (n, s) for n, module in model.named_modules() for s in stacks_of(module)}
-
-    def name_of(disk: str) -> str:
-        plain, _ = rename_source_key(disk, renamings, [], prefix, expected)
-        if plain in expected:
-            return plain
-        module, _, leaf = disk.rpartition(".")
-        whole, pattern = rename_source_key(f"{module}.weight", renamings, converters, prefix, expected)
-        if pattern is not None and whole in stacks:
-            experts, stack = stacks[whole]
-            renamed = apply_renamings(f"{module}.weight", renamings)  # type: ignore[arg-type]
-            place = place_of(stack, patterns[pattern], pattern, renamed)
-            if place is not None:
-                return f"{experts}.{place[0]}.{place[1]}.{leaf}"
-        name, _ = rename_source_key(f"{module}.weight", renamings, [], prefix, expected)
-        return name.removesuffix("weight") + leaf
-
-    return name_of
-
-
-def _linear(
-    model: nn.Module,
-    name: str,
-    kind: str,
-    prefix: str,
-    entries: Mapping[str, Entry],
-    stored: torch.dtype,
-    where: str,
-) -> IntegerLinear:
-    known = dict(model.named_modules())
-    weight_there = getattr(known.get(name), "weight", None)
-    if not isinstance(weight_there, Tensor) or isinstance(known[name], nn.Embedding):
-        near = get_close_matches(name, known, 1, 0.6)
-        hint = f"; the nearest module is {near[0]}" if near else ""
-        raise Refused(f"{where} is {kind}, but the model has no linear of its own there{hint}")
-    module = format_on_meta(kind, prefix, entries, stored, where)
-    if sorted((module.out_features, module.in_features)) != sorted(weight_there.shape):
-        shape = list(entries[f"{prefix}.weight"].shape)
-        raise Refused(f"{where} has an integer weight {shape}, the model's is {list(weight_there.shape)}")
-    return module
-
-
-def format_on_meta(
-    kind: str, prefix: str, entries: Mapping[str, Entry], stored: torch.dtype, where: str
-) -> IntegerLinear:
-    """The module on meta that holds the tensors ``prefix.*`` of a linear of type ``kind`` in a model of ``stored``.
-
-    Raises:
-        Refused: There is no such type, or the shapes are not those of one.
-    """
-    format, beside = type_of(kind)
-    if format is None or (beside and (format.packed or format.rotated)):
-        raise Refused(
-            f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}, some with"
-            f" {', '.join(BESIDE)} behind"
-        )
-    weight = entries[f"{prefix}.weight"]
-    if len(weight.shape) != 2:
-        raise Refused(f"{where} has an integer weight of {len(weight.shape)} axes, a linear has 2")
-    out_features, in_features = weight.shape
-    options: dict[str, Any] = {}
-    if issubclass(format, W4A8Dynamic):
-        shares = entries.get(f"{prefix}.scale_bias")
-        out_features, options["row_parallel"] = (
-            2 * out_features,
-            shares is not None and shares.shape[1:] == (SHARES,),
-        )
-    if format.rotated:
-        factors = [entries.get(f"{prefix}.{leaf}") for leaf in ("left_trans", "right_trans")]
-        sizes = [factor.shape[0] for factor in factors if factor is not None]
-        if len(sizes) == 2 and in_features % (sizes[0] * sizes[1]) == 0:
-            options["blocks"] = in_features // (sizes[0] * sizes[1])
-    for turn, names in ROTATIONS.items():
-        factors = [entries.get(f"{prefix}.{name}") for name in names]
-        if all(factor is not None for factor in factors):
-            sizes = [factor.shape[0] for factor in factors if factor is not None]
-            options["rotation"] = (turn, sizes[0], sizes[1] if len(sizes) > 1 else in_features // sizes[0])
-    if beside is not None:
-        there = {leaf: entries.get(f"{prefix}.{leaf}") for leaf in beside.leaves}
-        try:
-            options["beside"] = beside.of_shapes({n: e.shape for n, e in there.items() if e is not None})
-        except ValueError as error:
-            raise Refused(f"{where} is {kind}, but {error}") from error
-    scale = entries.get(f"{prefix}.weight_scale")
-    groups = scale.shape[-1] if scale is not None and scale.shape else 1
-    try:
-        return format(
-            in_features,
-            out_features,
-            bias=f"{prefix}.bias" in entries,
-            dtype=stored,
-            group_size=in_features // groups if groups > 1 else 0,
-            device="meta",
-            **options,
-        )
-    except ValueError as error:
-        raise Refused(f"{where}: {error}") from error
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _give_bias(model: nn.Module, name: str, dtype: torch.dtype, where: str) -> None:
-    """Give a float linear, or an RMS norm, the bias that the model's own has not."""
-    module = dict(model.named_modules()).get(name)
-    if isinstance(module, nn.Linear):
-        module.bias = nn.Parameter(torch.empty(module.out_features, dtype=dtype, device="meta"))
-        return
-    weight = getattr(module, "weight", None)
-    if module is None or not isinstance(weight, Tensor) or weight.dim() != 1:
-        raise Refused(f"{where} is a bias, and the model has no place for one there")
-    eps, offset = _rms_norm(module, weight.shape[0], where)
-    _replace(model, name, RMSNormBias(weight.shape[0], eps=eps, offset=offset, dtype=dtype, device="meta"))
-
-
-def _rms_norm(module: nn.Module, width: int, where: str) -> tuple[float, float]:
-    """Eps of an RMS norm and what it adds to its weight, found by running a copy of it."""
-    norm = deepcopy(module).to_empty(device="cpu").to(torch.float32)
-
-    def run(x: Tensor, weight: float) -> Tensor:
-        norm.load_state_dict({"weight": torch.full((width,), weight)})
-        return norm(x).to(torch.float64)
-
-    with torch.no_grad():
-        constant = torch.full((1, width), _PROBE)
-        one, zero = run(constant, 1.0), run(constant, 0.0)
-        offset = float((zero / (one - zero)).mean().round())
-        gain = one.mean() / (1 + offset)
-        eps = float(f"{float(_PROBE**2 * (1 / gain**2 - 1)):.3g}")
-        x = torch.linspace(-1, 2, width).unsqueeze(0)
-        y = run(x, 0.5)
-    wanted = x / (x.square().mean() + eps).sqrt() * (0.5 + offset)
-    if not torch.allclose(y, wanted.to(torch.float64), rtol=1e-4, atol=1e-5):
-        raise Refused(f"{where} is the bias of a norm that is no RMS norm")
-    return eps, offset
+def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in the dtypes that the model has."""
+    return {name: tensors[name].to(wanted.dtype) for name, wanted in model.state_dict().items()}

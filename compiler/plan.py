@@ -23,6 +23,7 @@ from .scheme import Scheme
 from .scheme_names import scheme_named
 from .sharing import consistent
 from .spelling import passes_of
+from .targets.spelled import target_named
 
 if TYPE_CHECKING:
     from .choose import Choice
@@ -139,7 +140,7 @@ def make_plan(
     chosen, notes = passes_of(passes)
     unread = unread_scheme(chosen, scheme)
     scheme = scheme_of(chosen, scheme)
-    target = registry.get("targets", target) if isinstance(target, str) else target
+    target = target_named(target)
     dtype = torch.bfloat16 if program.dtype in (torch.float32, torch.float64) else program.dtype
     roles = roles_of(program)
     problems = [*unread, *order_problems(chosen)]

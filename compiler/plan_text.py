@@ -29,7 +29,7 @@ def plan_text(plan: Plan, *, cost: Cost | None = None, calibration: str | None =
     if plan.run is not None and plan.needs_data:
         lines.append(f"{'calibration:':22}{plan.run}")
     lines.append(
-        f"{'target:':22}{plan.target.name}, scheme {plan.scheme.name}, tp {plan.tp}, seed {plan.seed}"
+        f"{'target:':22}{plan.target.spelling}, scheme {plan.scheme.name}, tp {plan.tp}, seed {plan.seed}"
     )
     if calibration is not None:
         lines.append(f"{'calibration tokens:':22}sha256 {calibration}")
@@ -132,7 +132,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             "needed": plan.needs_data, "samples": run.samples, "length": run.length, "files": list(run.calib),
             "compute_dtype": str(run.compute).removeprefix("torch."), "microbatch_tokens": run.microbatch,
         },
-        "target": plan.target.name,
+        "target": plan.target.spelling,
         "scheme": plan.scheme.name,
         "tp": plan.tp,
         "seed": plan.seed,

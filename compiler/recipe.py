@@ -10,7 +10,7 @@ from . import registry
 from .contract import Pass
 from .errors import Refused
 from .qconfig import Reading, mapping
-from .recipe_names import API_VERSIONS, RUNNERS, SAVERS
+from .recipe_names import API_VERSIONS, RUNNERS
 from .recipe_passes import passes_of_item, with_integers
 from .yaml_text import Entry, read_yaml
 
@@ -19,6 +19,13 @@ SPEC = ("process", "dataset", "save", "prior", "runner")
 METADATA = ("config_id", "score", "label", "verified_model_types", "verified_tags")
 LABELS = ("w_bit", "a_bit", "is_sparse", "kv_cache", "fa_quant", "fa_bit")
 SAVER, SAVER_FIELDS = "ascendv1_saver", ("type", "part_file_size", "ext")
+SAVERS = {
+    SAVER: "modelslim",
+    "mindie_format_saver": "mindie",
+    "mindie_format": "mindie",
+    "compressed_tensors": "compressed-tensors",
+}
+"""Savers to the targets that they mean."""
 DISTRIBUTED = "ascendv1_saver_distributed"
 """The same files, written by several processes."""
 ONE_TEXT = "the rotation is learned on the text that calibrates the rest"
@@ -142,23 +149,23 @@ def _save(entry: Entry | None, reading: Reading) -> tuple[str | None, int | None
     if kind is None or not isinstance(kind.value, str):
         reading.fault(item.line, f"a saver is a mapping with type, '- type: {SAVER}'; this is {item.kind}")
         return None, None
-    if kind.value not in (SAVER, DISTRIBUTED):
-        unknown = registry.unknown("saver", kind.value, {SAVER, DISTRIBUTED, *SAVERS})
-        why = f"{kind.value} is not supported yet; there is {SAVER}"
-        reading.fault(kind.line, why if kind.value in SAVERS else unknown)
+    saver = SAVER if kind.value == DISTRIBUTED else kind.value
+    if saver not in SAVERS:
+        reading.fault(kind.line, registry.unknown("saver", kind.value, {DISTRIBUTED, *SAVERS}))
         return None, None
-    found = mapping(item, SAVER_FIELDS, SAVER, reading) or {}
+    target = SAVERS[saver]
+    found = mapping(item, SAVER_FIELDS if saver == SAVER else SAVER_FIELDS[:2], saver, reading) or {}
     if "ext" in found and found["ext"].value:
-        reading.fault(found["ext"].line, f"{SAVER}: ext has no keys")
+        reading.fault(found["ext"].line, f"{saver}: ext has no keys")
     size = found.get("part_file_size")
     if size is None:
-        return "modelslim", None
+        return target, None
     if isinstance(size.value, bool) or not isinstance(size.value, int) or size.value < 0:
         reading.fault(
-            size.line, f"{SAVER}: part_file_size is GiB per file, a whole number or 0; this is {size.kind}"
+            size.line, f"{saver}: part_file_size is GiB per file, a whole number or 0; this is {size.kind}"
         )
         return None, None
-    return "modelslim", size.value or ONE_FILE
+    return target, size.value or ONE_FILE
 
 
 def _dataset(entry: Entry | None, reading: Reading) -> str | None:

@@ -26,4 +26,3 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
 """Processor to its options that are missing, each with what it is for or what there is instead."""
 
 RUNNERS = frozenset({"model_wise", "dp_layer_wise"})
-SAVERS = frozenset({"mindie_format_saver", "compressed_tensors"})

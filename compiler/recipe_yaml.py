@@ -17,6 +17,12 @@ SCOPES: Mapping[str, str] = {
     "channel": "per_channel", "group": "per_group", "token": "per_token", "tensor": "per_tensor", "mix": "pd_mix",
     "dynamic-tensor": "per_tensor_dynamic",
 }  # fmt: skip
+SAVERS = {
+    "modelslim": "ascendv1_saver",
+    "mindie": "mindie_format_saver",
+    "compressed-tensors": "compressed_tensors",
+}
+"""Targets that a recipe can ask for, and the savers that mean them."""
 ALIASES = {"autoround": "autoround_quant"}
 """Names that the reference tool knows."""
 GRID = {"dtype": "int8", "symmetric": True, "method": "minmax"}
@@ -31,15 +37,15 @@ def recipe_yaml(plan: Plan) -> str:
     process = [item for step in plan.steps for item in _items(step)]
     spec: dict[str, Any] = {
         "process": _with_quarot(process),
-        "save": [{"type": "ascendv1_saver", "part_file_size": 4}],
+        "save": [{"type": SAVERS.get(plan.target.name, "ascendv1_saver"), "part_file_size": 4}],
     }
     calib = plan.run.calib if plan.run is not None else ()
     if len(calib) == 1:
         spec["dataset"] = calib[0]
     told = [f"qc plan --yaml: {type(plan.program.root).__name__}, {len(plan.program.blocks)} blocks"]
-    if plan.target.name != "modelslim":
+    if plan.target.name not in SAVERS:
         told.append(
-            f"the saver means --target modelslim; this plan was made with --target {plan.target.name}"
+            f"the saver means --target modelslim; this plan was made with --target {plan.target.spelling}"
         )
     told += [f"--calib {' '.join(calib)}"] if len(calib) > 1 else []
     if plan.run is not None and plan.needs_data:

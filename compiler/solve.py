@@ -51,7 +51,6 @@ MICROBATCH = 1024
 Sink = Callable[[str, Tensor], None]
 """Takes one finished tensor: its qualified name in the model, and the tensor as it is stored."""
 
-
 Watch = Callable[[Part, Mapping[str, Tensor]], None]
 """Sees each part once all passes are done with it, with its tensors as they left them: float32, tables as they run."""
 
@@ -273,6 +272,7 @@ class _PartSolver:
             schemes=self.schemes,
             planned=self.solver.planned,
             online=self.solver.online,
+            formats=self.plan.formats,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)

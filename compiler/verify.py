@@ -10,31 +10,23 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..runtime.linear import ROTATIONS, IntegerLinear
+from ..runtime.linear import IntegerLinear
 from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
+from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, description_of
 from .errors import Refused
-from .export import MANIFEST, RUN, digests
+from .export import MANIFEST, UNHASHED, digests
 from .journal import FILE as JOURNAL
 from .journal import quantized
-from .load import DESCRIPTION, FLOAT, FLOATS, format_on_meta
+from .load_modules import format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
-from .shards import Shards, find_shards, read_json
+from .shards import find_shards, read_json
 
-TURNS = frozenset(name for names in ROTATIONS.values() for name in names)
-"""Factors of online rotations, which have no type."""
-GRIDS = ("C8", "FAQuant")
-"""Types of what belongs to no linear: grids of caches and attentions."""
-GLOBAL = (
-    "version", "model_quant_type", "group_size", "metadata", "optional", "kv_cache_type", "kv_quant_type",
-    "fa_quant_type",
-)  # fmt: skip
-"""Keys of a description that are no tensors."""
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
 CONDITION = 1e4
@@ -82,11 +74,15 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
         checks.append(_inputs(Path(model), manifest))
     try:
         shards = find_shards(path)
-        description = read_json(path / DESCRIPTION)
+        description = description_of(path)
+        if description is None:
+            raise Refused(
+                f"{path}: neither {DESCRIPTION} nor a quantization_config says what its tensors are"
+            )
         dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     except Refused as error:
         return (*checks, Check("tensors", "", (str(error),)))
-    modules, wrong = _modules(shards, description, dtype)
+    modules, wrong = modules_of(shards, description, dtype)
     checks.append(
         Check(
             "tensors",
@@ -104,7 +100,7 @@ def _files(path: Path, manifest: Mapping[str, Any]) -> Check:
     named = _digests_of(manifest, "outputs")
     there = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     wrong = [f"{name} is missing" for name in named if name not in there]
-    wrong += [f"{name} is in no manifest" for name in sorted(there.keys() - named.keys() - {MANIFEST, RUN})]
+    wrong += [f"{name} is in no manifest" for name in sorted(there.keys() - named.keys() - set(UNHASHED))]
     wrong += _differing(named, there)
     size = sum(file.stat().st_size for file in there.values()) / 1e9
     return Check("files", f"{len(named)} with {size:.3f} GB, as they were written", tuple(wrong))
@@ -154,10 +150,22 @@ def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
     return found if isinstance(found, torch.dtype) else None
 
 
-def _modules(
-    shards: Shards, description: Mapping[str, Any], dtype: torch.dtype | None
+class Headers(Protocol):
+    """Whatever knows the headers of the tensors of a directory."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Name on disk to dtype, shape and place."""
+        ...
+
+
+def modules_of(
+    shards: Headers, description: Mapping[str, Any], dtype: torch.dtype | None, *, exact: bool = True
 ) -> tuple[dict[str, IntegerLinear], list[str]]:
-    """The integer linears by their prefix, on meta, and what of the tensors does not fit the description."""
+    """The integer linears by their prefix, on meta, and what of the tensors does not fit the description.
+
+    ``exact`` False lets scales, offsets and biases have other dtypes than those that qc writes, as other tools do.
+    """
     types = {
         name: kind
         for name, kind in description.items()
@@ -198,7 +206,7 @@ def _modules(
             )
             if entry is None:
                 wrong.append(f"{prefix}.{leaf} is missing, {module.type} needs it")
-            elif (entry.dtype, entry.shape) != (want.dtype, want.shape):
+            elif entry.shape != want.shape or (entry.dtype != want.dtype and (exact or leaf == "weight")):
                 wrong.append(
                     f"{prefix}.{leaf} is {TensorSpec(entry.dtype, entry.shape)}, {module.type} needs {want}"
                 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..runtime.linear import IntegerLinear
 from ..runtime.quantized import QuantizedLinear
 from .operand import Quantize, Statistic
 from .scheme import LinearScheme
@@ -42,6 +43,8 @@ class BlockView:
     """Linears behind an online rotation that is stored beside them, with its kind."""
     planned: Mapping[str, Quantize] = field(default_factory=dict)
     """What later passes of the plan are going to make of linears."""
+    formats: Mapping[str, type[IntegerLinear] | None] = field(default_factory=dict)
+    """In which format of the target each linear of the plan is going to be stored."""
     batches: int = 0
     """Number of microbatches for ``forward`` and ``target``."""
     forward: Callable[[LinearHook, int], Tensor] | None = None

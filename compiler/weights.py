@@ -61,7 +61,7 @@ class Checkpoint:
                 else f"{self.path}: no such directory"
             )
         self.config: dict[str, Any] = read_json(self.path / "config.json")
-        _refuse_quantized(self.path, self.config)
+        self._refuse_quantized()
         self.shards: Shards = find_shards(self.path)
         self._model = model if model is not None else nn.Module()
         self._expected: dict[str, torch.Tensor] = (
@@ -204,6 +204,16 @@ class Checkpoint:
         )
 
     # -- opening
+
+    def _refuse_quantized(self) -> None:
+        for part in (self.config, self.config.get("text_config") or {}):
+            block = part.get("quantization_config") or part.get("compression_config")
+            if block:
+                method = block.get("quant_method", "unknown") if isinstance(block, dict) else block
+                raise Refused(
+                    f"{self.path}: config.json has a quantization_config ({method}): the weights are quantized"
+                    " already; start from the float checkpoint"
+                )
 
     def _open(self) -> Iterator[str]:
         """Find out what is made from which tensors; yield the tensors from which nothing is made."""
@@ -363,14 +373,3 @@ class Checkpoint:
                 leaf += 1
         result[""] = ""
         return result
-
-
-def _refuse_quantized(path: Path, config: Mapping[str, Any]) -> None:
-    for part in (config, config.get("text_config") or {}):
-        block = part.get("quantization_config") or part.get("compression_config")
-        if block:
-            method = block.get("quant_method", "unknown") if isinstance(block, dict) else block
-            raise Refused(
-                f"{path}: config.json has a quantization_config ({method}): the weights are quantized"
-                " already; start from the float checkpoint"
-            )

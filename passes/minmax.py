@@ -44,6 +44,9 @@ def clip_ratio(view: BlockView, name: str) -> float:
 def scale_dtype(view: BlockView, name: str, scheme: LinearScheme) -> torch.dtype:
     """The dtype in which the server holds the weight scales of a linear."""
     assert scheme.weight is not None
+    stored = view.formats.get(name)
+    if stored is not None:
+        return stored.scale_dtype(view.export_dtype)
     rotated = f"{name}.left_trans" in view.tensors and name not in view.online
     act_bits = scheme.act.bits if scheme.act else None
     return format_of(scheme.weight.bits, act_bits, scheme.scope, rotated).scale_dtype(view.export_dtype)

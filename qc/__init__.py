@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from .api import evaluate as evaluate
     from .api import generate as generate
     from .api import load as load
+    from .api import load_program as load_program
     from .api import plan as plan
+    from .api import set_phase as set_phase
     from .api import show as show
+    from .api import verdict as verdict
     from .api import verify as verify
     from .compiler.calib_readers.question import Question as Question
     from .compiler.calib_readers.question import Reader as Reader
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 _HOMES = {
     ".api": (
         "analyze", "bisect", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load",
-        "plan", "show", "verify",
+        "load_program", "plan", "set_phase", "show", "verdict", "verify",
     ),
     ".compiler.calib_readers.question": ("Question", "Reader"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),

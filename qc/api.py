@@ -24,15 +24,18 @@ from .compiler.generate import generate
 from .compiler.load import load
 from .compiler.plan import Plan
 from .compiler.program import Program
+from .compiler.program_file import load_program
 from .compiler.recipe import read_recipe
 from .compiler.scheme import Scheme
 from .compiler.show.text import text as show
 from .compiler.solve import Progress
+from .compiler.targets.verdict import verdict
 from .compiler.verify import verify
+from .runtime.phase import set_phase
 
 __all__ = [
-    "analyze", "bisect", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load", "plan",
-    "show", "verify",
+    "analyze", "bisect", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load",
+    "load_program", "plan", "set_phase", "show", "verdict", "verify",
 ]  # fmt: skip
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from .beside import Beside
-from .int_matmul import int_matmul
 from .kronecker import rotate
-from .quantize import dequantize
 from .quantized import QuantizedLinear
 
 ROTATIONS = {
@@ -25,8 +23,9 @@ class IntegerLinear(nn.Module, ABC):
     """A linear whose ``state_dict`` is exactly its tensors in an ascendv1 checkpoint: names, dtypes, shapes.
 
     A subclass says in ``tensors`` what it stores; buffers of that kind are allocated (they may live on meta)
-    and filled by ``load_state_dict``. ``forward`` is the NPU op's arithmetic: exact integer sums, float32
-    scales, one rounding to the input's dtype. Inputs are float of [..., in_features].
+    and filled by ``load_state_dict``. ``forward`` is one op of the namespace ``qc``, whose arithmetic is the
+    NPU's: exact integer sums, float32 scales, one rounding to the dtype of the input, float [..., in_features].
+    What stands in float beside the integers is added to it.
     """
 
     type: ClassVar[str]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -45,6 +44,11 @@ class IntegerLinear(nn.Module, ABC):
     """Whether the weight's scales may be per group of input channels."""
     offsets: ClassVar[bool] = True
     """Whether the weight may have offsets; what is stored is the negative of ``QuantizedLinear.offset``."""
+    adds_bias: ClassVar[bool] = False
+    """Whether the op adds the bias before it rounds; else it is added to what the op returns, as the server does."""
+    prepared: bool = False
+    """Whether the tensors are in the form that the NPU takes, and no longer in that on disk."""
+    _has_offsets: bool = True
 
     def __init__(
         self,
@@ -179,33 +183,52 @@ class IntegerLinear(nn.Module, ABC):
                 raise ValueError(f"cannot pack a {out} x {width} linear as {cls.type}: {problem}")
 
     @property
-    def bias_inside(self) -> bool:
-        """Whether ``rows`` has added the bias already."""
-        return False
-
-    @property
     def integers(self) -> Tensor:
         """The weight as int8 [out, in], however it is stored."""
         return self.weight
 
     @abstractmethod
-    def rows(self, x: Tensor) -> Tensor:
-        """The linear without its bias, of [rows, in_features] to float [rows, out_features]."""
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The op of this format: [..., in_features] to [..., out_features] in the dtype of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features] in the dtype of x."""
-        rows, beside = self.turned(x.reshape(-1, self.in_features)), self.beside
-        if beside is None:
-            y = self.rows(rows)
-        else:
-            y = self.rows(beside.rest(rows, self.get_buffer))
-            y = y + beside.product(rows, self.get_buffer).to(y.dtype)
-        if self.bias is not None and not self.bias_inside:
-            y = y + self.bias.to(y.dtype)
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        x, beside, bias = self.turned(x), self.beside, self.added_bias
+        inside = bias if self.adds_bias and beside is None else None
+        y = self.compute(x if beside is None else beside.rest(x, self.get_buffer), inside)
+        if beside is not None:
+            y = (y + beside.product(x, self.get_buffer)).to(y.dtype)
+        if bias is inside:
+            return y
+        return y + (bias if bias.dtype == y.dtype else bias.to(y.dtype))
+
+    def prepare_for_npu(self) -> Self:
+        """Bring the tensors into the form in which ``torch_npu`` takes them: what the NPU bodies of the ops need.
+
+        Done once, in place; what is computed stays the same. int4 weights are packed, eight to an int32, scales
+        are rounded as the server rounds them. ``state_dict`` is no longer that on disk, and cannot be loaded again.
+        """
+        if not self.prepared:
+            self._prepare()
+            self.prepared = True
+        return self
+
+    def _prepare(self) -> None:
+        if "weight_scale" in self._buffers:
+            self.weight_scale = self.scale
+        self._look_at_offsets()
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._look_at_offsets()
+
+    def _look_at_offsets(self) -> None:
+        """Find out once, and not in every call, whether all are zero."""
+        stored = self._buffers.get("weight_offset") if self.offsets else None
+        self._has_offsets = stored is not None and (stored.is_meta or bool(stored.any()))
 
     def turned(self, x: Tensor) -> Tensor:
-        """Rows [rows, in_features] behind ``rotation``."""
+        """x [..., in_features] behind ``rotation``."""
         if self.rotation is None:
             return x
         kind, left, right = self.rotation
@@ -215,27 +238,23 @@ class IntegerLinear(nn.Module, ABC):
         return rotate(x, matrix, self.get_buffer(ROTATIONS[kind][1]))
 
     @property
-    def scale(self) -> Tensor:
-        """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
-        return self.get_buffer("weight_scale").to(self.scale_dtype(self.dtype)).to(torch.float32)
+    def added_bias(self) -> Tensor | None:
+        """The float bias [out_features] that the output still needs."""
+        return self.bias
 
     @property
-    def offset(self) -> Tensor:
-        """What the weight's integers are dequantized from, (q - offset) * scale: integral float32 [out, groups]."""
-        return -self.get_buffer("weight_offset")
+    def scale(self) -> Tensor:
+        """The weight's scale with the values that the server's copy of it has, float32 [out, groups]."""
+        stored, held = self.get_buffer("weight_scale"), self.scale_dtype(self.dtype)
+        return stored if self.prepared or held == torch.float32 else stored.to(held).to(torch.float32)
 
-    def product(self, integers: Tensor, scale: Tensor) -> Tensor:
-        """Integers int8 [rows, in] on the grid ``scale`` [rows, 1] times the weight, float32 [rows, out].
+    @property
+    def offset(self) -> Tensor | None:
+        """What the op adds to the weight's integers, as it is stored: float32 [out, groups].
 
-        With offsets z of the weight, ``Σ x (w - z) = Σ x w - z Σ x``: exact sums of integers both.
+        None where there is no place for it, or where zeros were loaded.
         """
-        if self.group_size:
-            y = integers.to(torch.float32) @ dequantize(self.integers, self.scale, self.offset).t()
-            return y * scale
-        sums = int_matmul(integers, self.integers)
-        if bool(self.offset.any()):
-            sums = sums.long() - integers.sum(1, keepdim=True, dtype=torch.int64) * self.offset.long().t()
-        return sums.to(torch.float32) * self.scale.t() * scale
+        return self.get_buffer("weight_offset") if self.offsets and self._has_offsets else None
 
     def extra_repr(self) -> str:
         """Sizes, for printing."""

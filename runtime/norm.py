@@ -5,6 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .op import define
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """x [..., width] over its root mean square, float32."""
+    rows = x.to(torch.float32)
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+
+
+def _kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _normed(x, eps).to(x.dtype) * weight.to(x.dtype)
+
+
+def _npu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.ops.npu.npu_rms_norm(x, weight, eps)[0]
+
+
+def _fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+RMS_NORM = define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", kernel=_kernel, fake=_fake, npu=_npu
+)
+"""``x / sqrt(mean(x²) + eps) * weight`` of x [..., width] and weight [width], the mean in float32."""
+
 
 class RMSNormBias(nn.Module):
     """``x / sqrt(mean(x²) + eps) * (weight + offset) + bias``, as served: rounded before the bias.
@@ -31,12 +57,10 @@ class RMSNormBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to [..., width] in the dtype of x; the mean is taken in float32."""
-        rows = x.to(torch.float32)
-        rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.eps)
         if self.offset:
-            normed = (rows * (self.weight.to(torch.float32) + self.offset)).to(x.dtype)
+            normed = (_normed(x, self.eps) * (self.weight.to(torch.float32) + self.offset)).to(x.dtype)
         else:
-            normed = rows.to(x.dtype) * self.weight.to(x.dtype)
+            normed = RMS_NORM(x, self.weight, self.eps)
         return normed + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:

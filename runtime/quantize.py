@@ -75,9 +75,16 @@ def quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor,
 
     ``scale = clip * max|row| / qmax``; a row of zeros gives zeros.
     """
-    x = x.to(torch.float32)
-    scale = scale_for(x.abs().amax(-1, keepdim=True) * clip, bits)
-    return quantize(x, scale, bits), scale
+    absmax = (
+        x.abs().amax(-1, keepdim=True).to(torch.float32)
+    )  # of numbers of x's dtype, so nothing is rounded
+    scale = scale_for(absmax if clip == 1 else absmax * clip, bits)
+    if clip != 1 or x.dtype == torch.float32:
+        return quantize(x.to(torch.float32), scale, bits), scale
+    integers = (
+        x.to(torch.float32).div_(scale).round_()
+    )  # within the range already: no row exceeds its own maximum
+    return integers.to(torch.int8), scale
 
 
 def quantize_per_tensor(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .linear import IntegerLinear
+from .op import NPU_DTYPES, define, flat, unflat
+from .product import finish, product
 from .quantize import quantize_per_token
 from .quantized import QuantizedLinear
 
@@ -32,6 +34,58 @@ def sums(integers: Tensor, scale: Tensor, shares: int) -> Tensor:
     """
     stretches = integers.unflatten(1, (shares, -1)).sum(-1, dtype=torch.int64)
     return (8 * stretches.double() * scale.double()).float()
+
+
+def _outputs(weight: Tensor) -> int:
+    """Output channels of a weight: pairs int8 [out / 2, in], or words int32 [in, out / 8]."""
+    return 8 * weight.shape[1] if weight.dtype == torch.int32 else 2 * weight.shape[0]
+
+
+def _kernel(x: Tensor, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor) -> Tensor:
+    if weight.dtype == torch.int32:
+        weight, weight_scale = weight.view(torch.int8).t(), weight_scale.to(torch.int32).view(torch.float32)
+    y = product(*quantize_per_token(flat(x), 8), unpack_pairs(weight), weight_scale.view(-1, 1))
+    return finish(y, None, x)
+
+
+def _npu(x: Tensor, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor) -> Tensor:
+    if weight.dtype != torch.int32:
+        raise ValueError(
+            "qc::w4a8_dynamic: the NPU takes words of int4: call prepare_for_npu() of the module first"
+        )
+    integers, scale = torch.ops.npu.npu_dynamic_quant(flat(x))
+    (y,) = torch.ops.npu.npu_grouped_matmul(
+        [integers],
+        [weight.unsqueeze(0)],
+        bias=[scale_bias.view(1, -1)],
+        scale=[weight_scale.view(1, 1, -1)],
+        per_token_scale=[scale],
+        group_list=integers.new_full(
+            (1,), integers.shape[0], dtype=torch.int64
+        ),  # one expert, and all rows are its
+        split_item=2,
+        group_type=0,
+        group_list_type=1,
+        output_dtype=NPU_DTYPES[x.dtype],
+    )
+    return unflat(y, x)
+
+
+def _fake(x: Tensor, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], _outputs(weight)))
+
+
+W4A8_DYNAMIC = define(
+    "w4a8_dynamic(Tensor x, Tensor weight, Tensor weight_scale, Tensor scale_bias) -> Tensor",
+    kernel=_kernel,
+    fake=_fake,
+    npu=_npu,
+)
+"""x float [..., in]; int4 weight in pairs, int8 [out / 2, in], with weight_scale [out, 1] and scale_bias [out, shares].
+
+As the NPU takes it: words int32 [in, out / 8], bits of the scale int64 [out], scale_bias float32 [out]. The bias is
+what the NPU needs to take off again; the integers of the kernel have a sign, so it does not.
+"""
 
 
 class W4A8Dynamic(IntegerLinear):
@@ -94,11 +148,15 @@ class W4A8Dynamic(IntegerLinear):
         shares = SHARES if row_parallel else 1
         return packed | {"weight": pack_pairs(q.weight), "scale_bias": sums(q.weight, q.scale, shares)}
 
-    @property
-    def integers(self) -> Tensor:
-        """The weight, int8 [out, in]."""
-        return unpack_pairs(self.weight)
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``qc::w4a8_dynamic``."""
+        return W4A8_DYNAMIC(x, self.weight, self.scale, self.get_buffer("scale_bias"))
 
-    def rows(self, x: Tensor) -> Tensor:
-        """float32 [rows, out] of float [rows, in]."""
-        return self.product(*quantize_per_token(x, 8))
+    def _prepare(self) -> None:
+        if self.out_features % 8:
+            raise ValueError(
+                f"{self.type}: {self.out_features} outputs do not fill words of 8, as the NPU needs"
+            )
+        self.weight_scale = self.scale.view(-1).view(torch.int32).to(torch.int64)
+        self.scale_bias = self.get_buffer("scale_bias").sum(1)
+        self.weight = self.weight.t().contiguous().view(torch.int32)

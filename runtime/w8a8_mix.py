@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .linear import IntegerLinear
-from .quantize import quantize_per_token
 from .quantized import QuantizedLinear
-from .w8a8 import W8A8, static_rows
+from .w8a8 import W8A8, W8A8_DYNAMIC, prepare_static, static
 
 
 class W8A8Mix(IntegerLinear):
@@ -23,6 +22,7 @@ class W8A8Mix(IntegerLinear):
     act_scope = "mix"
     grouped = False
     offsets = False
+    adds_bias = True
     decode = False
     """Whether the fixed scale is used, as the server does on a decoding node."""
 
@@ -41,13 +41,15 @@ class W8A8Mix(IntegerLinear):
         """The tensors on disk. ValueError as for every format."""
         return W8A8.pack(q, dtype) | super().pack(q, dtype)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """float32 [rows, out] of float [rows, in]; in decode the bias is in it."""
-        if self.decode:
-            return static_rows(self, x)
-        return self.product(*quantize_per_token(x, 8))
-
     @property
-    def bias_inside(self) -> bool:
-        """In decode it is a part of ``quant_bias``."""
-        return self.decode
+    def added_bias(self) -> Tensor | None:
+        """None in decode, where the bias is in the integers."""
+        return None if self.decode else self.bias
+
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``qc::w8a8_dynamic``, or ``qc::w8a8_static`` in decode."""
+        return static(self, x) if self.decode else W8A8_DYNAMIC(x, self.weight, self.scale, None, bias)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        prepare_static(self)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from qc.compiler.calib_answers import ModelAnswers
-from qc.compiler.calib_mix import PATIENCE, mix, parse_sizes, read_config
+from qc.compiler.calib_mix import PATIENCE, Mix, mix, parse_sizes, read_config
 from qc.compiler.calib_readers.boolq import Boolq
 from qc.compiler.calib_readers.ceval import Ceval
 from qc.compiler.calib_readers.gsm8k import Gsm8k
 from qc.compiler.calib_readers.mmlu import Mmlu
-from qc.compiler.calib_readers.question import Question, Reader
+from qc.compiler.calib_readers.question import Question, Reader, TooLong
 from qc.compiler.calibration import read_texts
 from qc.compiler.cli import main
 from qc.compiler.errors import Refused
@@ -147,6 +147,43 @@ def test_an_answer_that_is_never_right_is_given_up(tmp_path: Path) -> None:
     assert model.asked == 20 + PATIENCE
 
 
+@dataclass
+class Short(Says):
+    """A model that can be asked questions of few characters."""
+
+    longest: int = 0
+
+    def likeliest(self, prompt: str, choices: Sequence[str]) -> str:
+        if len(prompt) > self.longest:
+            raise TooLong
+        return super().likeliest(prompt, choices)
+
+
+def test_questions_that_are_too_long_are_counted_and_not_wrong(tmp_path: Path) -> None:
+    def of(size: int, longest: int) -> Mix:
+        return mix(
+            {"lines": SETS}, sizes(lines=size), tmp_path / f"{size}-{longest}.jsonl", force=True,
+            positive=Short("yes", longest=longest), readers={"lines": Lines()},
+        )  # fmt: skip
+
+    (found,) = of(20, 4).sets
+    assert found.asked == 20 + PATIENCE
+    assert found.too_long > PATIENCE / 2
+    assert str(found).endswith(
+        f"the model was asked {found.asked}, {found.too_long} more are too long for it"
+    )
+    (found,) = of(3, 2).sets  # 0? to 9?: an answer that is mostly too long is not given up
+    assert found.too_long > 2 * PATIENCE
+    with pytest.raises(
+        Refused, match=r"answers 5 of the 10 questions right .*, and 1990 are longer than it has"
+    ):
+        of(6, 2)
+    with pytest.raises(
+        Refused, match=r"was asked none of the questions: 2000 are longer .*; leave the set out"
+    ):
+        of(1, 0)
+
+
 def test_a_reader_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(
         json.dumps({"configurations": [{"dataset_name": "mine", "dataset_path": "."}]}), encoding="utf-8"
@@ -254,6 +291,12 @@ def test_a_model_chooses_by_log_likelihood(checkpoint: Callable[[str], Path]) ->
     for offered in (choices, choices[:2]):
         assert model.likeliest(prompt, offered) == max(offered, key=log_likelihood)
     assert model.continued(prompt, 4) == model.continued(prompt, 4)
+    model.model.config.max_position_embeddings = len(model.tokenizer(prompt)["input_ids"]) + 3
+    assert model.continued(prompt, 3)
+    with pytest.raises(TooLong, match=r"tokens, and .* positions"):
+        model.continued(prompt, 4)
+    with pytest.raises(TooLong):
+        model.likeliest(prompt, choices)
 
 
 @pytest.mark.broad

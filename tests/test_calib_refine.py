@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.random_llama import character_tokenizer
-from qc.compiler.calib_refine import Gain, Judges, Refinement, gain_of, refine, stand_ins
+from qc.compiler.calib_refine import Check, Gain, Judges, Refinement, gain_of, refine, stand_ins
 from qc.compiler.calib_report import report_text
 from qc.compiler.calibration import read_samples
 from qc.compiler.capture import capture
@@ -154,6 +154,56 @@ GIVEN: dict[str, Any] = {"scheme": "w8a8-static", "target": "modelslim", "dtype"
 GIVEN |= {"length": 24, "samples": 18}
 
 
+def test_the_sample_that_spoils_the_ranges_is_dropped(spoiled: Home, tmp_path: Path) -> None:
+    """It goes, and a usual sentence in its place stays."""
+    lines = [json.loads(line)["text"] for line in spoiled.text.read_text(encoding="utf-8").splitlines()]
+    usual = written(tmp_path / "usual.jsonl", [*lines[:15], *texts(1, 2), *lines[16:]])
+
+    def of(file: Path) -> Refinement:
+        return refine(
+            spoiled.program, "linear_quant", tmp_path / "out.jsonl",
+            Options(calib=(file,), force=True, **GIVEN),
+        )  # fmt: skip
+
+    found = of(spoiled.text)
+    mine = found.verdicts[0]
+    assert mine.sample.text == "zzz quick zzz fox zzz"
+    assert mine.dropped
+    assert mine.gain.sure > 0.05
+    assert found.checked is not None
+    assert found.checked.mean > 0.1
+    said = report_text(found)
+    assert f"dropped  {spoiled.text}, line 16" in said
+    assert f"dropped {len(found.dropped)}: error -" in said
+    assert mine.sample.text not in [one.text for one in read_samples([found.path])]
+    mine = next(v for v in of(usual).verdicts if v.sample.where.endswith(" line 16"))
+    assert not mine.dropped
+
+
+def test_a_sample_that_only_seemed_to_hurt_beside_another_stays() -> None:
+    """Errors as ranges make them: 0 is far out, 1 less far, and 2 changes nothing."""
+
+    def measure(trials: Sequence[Trial]) -> list[dict[int, float]]:
+        def error(trial: Trial) -> float:
+            return max(2.0 if 0 in trial.members else 0.0, 1.5 if 1 in trial.members else 1.0)
+
+        return [{q: error(trial) + 0.001 * q for q in trial.judged} for trial in trials]
+
+    judges, whole = Judges(20, 0), frozenset(range(20))
+
+    def chosen(hurts: list[int]) -> Check:
+        check = Check(whole, hurts, (), judges)
+        check.run(measure, 0.01)
+        return check
+
+    assert chosen([0, 1]).drop == {0, 1}
+    assert chosen([1, 0]).drop == frozenset()  # without 1 nothing changes as long as 0 is there
+    assert chosen([0, 2, 1]).drop == {0}
+    only = chosen([0, 2])
+    assert only.checked is not None
+    assert only.checked.mean == pytest.approx(0.25, abs=0.01)
+
+
 def test_what_is_written_is_what_was_kept_and_the_bad_cases(spoiled: Home, tmp_path: Path) -> None:
     out, bad = tmp_path / "out.jsonl", written(tmp_path / "bad.jsonl", ["dog dog dog", "mat mat"])
     options = Options(calib=(spoiled.text,), **GIVEN)
@@ -197,6 +247,9 @@ def test_what_the_check_does_not_confirm_stays(spoiled: Home) -> None:
         None,
     )
     assert "dropped nothing: what seemed to hurt makes +2.00 % ± 0.10" in report_text(found)
+    assert "seem to hurt" not in report_text(found)
+    kept = report_text(replace(found, refuted=False, checked=None, seemed=3))
+    assert "no sample hurts enough\nkept 3 that seem to hurt alone" in kept
 
 
 def test_passes_that_train_are_stood_in_for(home: Callable[[str], Home]) -> None:

@@ -25,6 +25,7 @@ from qc.compiler.load import load
 from qc.compiler.solve import _PartSolver
 from qc.compiler.weights import Checkpoint
 from qc.runtime.quantize import dequantize
+from qc.runtime.w4a8 import unpack_pairs
 from tests.families import ALL, build
 from tests.homes import SAMPLES, TEXT, Home, compiled, logits, rows, tensors_of
 from tests.programs import captured, relative
@@ -44,6 +45,11 @@ EXPORTS = [
     ("llama-128", "w8a8", "iter_smooth,linear_quant", "vllm-ascend", 0.03),
     ("llama-128", "w8a8-static", "iter_smooth,linear_quant", "vllm-ascend", 0.05),
     ("llama-128", "w8a16", "linear_quant", "vllm-ascend", 0.02),
+    ("llama-128", "w8a8-mix", "linear_quant", "vllm-ascend", 0.05),
+    ("llama-128", "w4a8", "linear_quant", "modelslim", 0.4),
+    ("llama-128", "w8a8-asym", "linear_quant", "modelslim", 0.03),
+    ("llama-128", "w4a4-g32-asym", "linear_quant", "modelslim", 0.6),
+    ("llama-128", "w8a8-dynamic-tensor", "linear_quant", "modelslim", 0.1),
     ("llama-128", "w4a4", ONLINE, "vllm-ascend", 0.6),
     ("llama-128", "auto", ROTATED, "vllm-ascend", 0.5),
     ("llama-128", "float", "iter_smooth,quarot,iter_smooth", "vllm-ascend", 0.02),
@@ -108,7 +114,7 @@ def simulated(result: Result, held: Mapping[str, Any]) -> Tensor:
         q = held["quantized"].get(name)
         if q is None:
             return F.linear(x, weight, bias)
-        scheme, y = held["schemes"][name], dequantize(q.weight, q.scale)
+        scheme, y = held["schemes"][name], dequantize(q.weight, q.scale, q.offset)
         if scheme.static:
             assert q.input_scale is not None
             steps = (
@@ -143,10 +149,13 @@ def on_disk_as_planned(result: Result) -> None:
     for name, scheme in schemes.items():
         prefix = result.plan.layout.prefixes[name]
         weight = tensors[f"{prefix}.weight"]
+        if f"{prefix}.scale_bias" in tensors:
+            weight = unpack_pairs(weight)
         scales = tensors.get(f"{prefix}.weight_scale", tensors.get(f"{prefix}.deq_scale"))
         assert weight.dtype is torch.int8
         assert scales is not None
-        bits += weight.numel() * scheme.weight.bits + 32 * scales.numel()
+        floats = 32 if scheme.weight.symmetric else 64  # a scale, and an offset
+        bits += weight.numel() * scheme.weight.bits + floats * scales.numel()
         weights += weight.numel()
         assert scheme.weight.qmin <= int(weight.min()) <= int(weight.max()) <= scheme.weight.qmax
     if weights:

@@ -1,15 +1,11 @@
 """A checkpoint written through the layout loads in the server's own classes, where they are at hand.
 
-The server's side is a harness outside this repository: ``QC_CONTRACT`` is the path of the tool and
-``QC_VLLM_ASCEND`` a directory with the package vllm_ascend. Without them its tests are skipped.
+The server's side is ``tests/contract.py``; where it cannot be had, its tests are skipped and say why.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +26,7 @@ from qc.runtime.hadamard import random_hadamard
 from qc.runtime.kronecker import fold, split
 from qc.runtime.quantize import quantize, round_scale, scale_for
 from qc.runtime.quantized import QuantizedLinear
-
-TOOL, SERVER = os.environ.get("QC_CONTRACT"), os.environ.get("QC_VLLM_ASCEND")
-needs_server = pytest.mark.skipif(
-    not (TOOL and SERVER), reason="set QC_CONTRACT and QC_VLLM_ASCEND to check against the server's classes"
-)
-ROW_PARALLEL = ("o_proj", "down_proj")
+from tests.contract import judge
 
 
 def sites_of(
@@ -120,26 +111,6 @@ def export(
     return tmp_path / "out"
 
 
-HARNESS = """
-import importlib, json, logging, sys
-sys.path.insert(0, sys.argv[1])
-tool = importlib.import_module(sys.argv[2])
-logging.disable(logging.CRITICAL)
-server = tool.install(sys.argv[3])
-print(json.dumps({path: tool.check(server, path) for path in sys.argv[4:]}))
-"""
-
-
-def judge(directories: list[Path]) -> dict[Path, tuple[list[str], list[str]]]:
-    """Errors and warnings of the harness; one process for all, because it starts slowly."""
-    assert TOOL
-    assert SERVER
-    tool = Path(TOOL)
-    command = [sys.executable, "-c", HARNESS, str(tool.parent), tool.stem, SERVER, *map(str, directories)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    return {Path(path): verdict for path, verdict in json.loads(done.stdout.splitlines()[-1]).items()}
-
-
 MIXED = {"gate_proj": W4A4, "up_proj": W4A4, "": W8A8}
 DEEP = {"layers.0.": W8A8, "layers.1.": W8A8_STATIC, "layers.2.": W4A4}
 ONLINE = ("layers.2.self_attn.o_proj", "layers.2.mlp.down_proj")
@@ -175,7 +146,6 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[s
     return {case: found[out] for case, out in outs.items()}
 
 
-@needs_server
 @pytest.mark.parametrize("case", CASES)
 def test_the_server_loads_it(case: str, verdicts: dict[str, tuple[list[str], list[str]]]) -> None:
     errors, warnings = verdicts[case]
@@ -183,7 +153,6 @@ def test_the_server_loads_it(case: str, verdicts: dict[str, tuple[list[str], lis
     assert [w for w in warnings if "float32 copied into" not in w] == []
 
 
-@needs_server
 def test_the_harness_finds_what_is_wrong(verdicts: dict[str, tuple[list[str], list[str]]]) -> None:
     errors, _ = verdicts["spoiled"]
     assert any("Not all shards" in error for error in errors)

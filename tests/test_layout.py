@@ -23,7 +23,8 @@ READS_HUGGING_FACE = (
     "compiler/twin.py",
     "compiler/narrow.py",
     "compiler/weights.py",
-    "compiler/load.py",
+    "compiler/load*.py",
+    "compiler/program_file.py",
     "compiler/testing_models.py",
     "runtime/hf.py",
 )

@@ -121,9 +121,7 @@ REFUSED = {
     HEAD + "    - type: quarot\n  save: [{type: ascendv1}]": [
         "line 5: unknown saver 'ascendv1'; did you mean ascendv1_saver?"
     ],
-    HEAD + "    - type: quarot\n  save: [{type: compressed_tensors}]": [
-        "compressed_tensors is not supported yet"
-    ],
+    HEAD + "    - type: quarot\n  save: [{type: compressed_tensors, ext: {}}]": ["compressed_tensors"],
     HEAD + "    - type: quarot\n  save: {type: ascendv1_saver}": [
         "save is a list of one saver",
         "this is a mapping",

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from linears import BF16, FP16, IN, OUT, module, quantized, randn
 from torch import Tensor, nn
 
 from qc.compiler.scheme import Int
 from qc.passes.weight_scale import weight_grid
 from qc.runtime.formats import FORMATS, format_of
 from qc.runtime.hadamard import random_hadamard
-from qc.runtime.kronecker import fold, rotate
+from qc.runtime.kronecker import rotate
 from qc.runtime.linear import IntegerLinear
 from qc.runtime.norm import RMSNormBias
 from qc.runtime.quantize import (
@@ -23,9 +24,6 @@ from qc.runtime.quantize import (
     fake_quant_per_token,
     quantize,
     quantize_per_tensor,
-    round_scale,
-    scale_for,
-    scale_offset_for,
 )
 from qc.runtime.quantized import QuantizedLinear
 from qc.runtime.w4a4 import W4A4Dynamic, W4A4FlatQuantDynamic
@@ -33,40 +31,6 @@ from qc.runtime.w4a8 import SHARES, W4A8Dynamic, pack_pairs, unpack_pairs
 from qc.runtime.w8a8 import W8A8, W8A8Dynamic, W8A8DynamicTensor
 from qc.runtime.w8a8_mix import W8A8Mix
 from qc.runtime.weight_only import W4A16, W8A16
-
-BF16, FP16 = torch.bfloat16, torch.float16
-IN, OUT = 64, 24
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def quantized(
-    cls: type[IntegerLinear], weight: Tensor, *, dtype: torch.dtype = BF16, group: int = 0, bias: bool = False
-) -> QuantizedLinear:
-    extra: dict[str, Any] = {}
-    if cls.rotated:
-        extra = {"left": random_hadamard(8, 1).to(dtype), "right": random_hadamard(8, 2).to(dtype)}
-        weight = fold(weight, extra["left"], extra["right"])
-    if cls.act_scope in ("tensor", "mix"):
-        extra["input_scale"], extra["input_offset"] = scale_offset_for(
-            torch.tensor([-4.0]), torch.tensor([4.5]), 8, dtype
-        )
-    absmax = weight.abs().unflatten(1, (-1, group or weight.shape[1])).amax(-1)
-    scale = round_scale(scale_for(absmax, cls.weight_bits), cls.scale_dtype(dtype))
-    given_bias = randn(weight.shape[0], seed=7).to(dtype) if bias else None
-    return QuantizedLinear(quantize(weight, scale, cls.weight_bits), scale, bias=given_bias, **extra)
-
-
-def module(
-    cls: type[IntegerLinear], packed: dict[str, Tensor], dtype: torch.dtype = BF16, **options: Any
-) -> IntegerLinear:
-    out, width = packed["weight"].shape
-    out *= 2 if cls.packed else 1
-    built = cls(width, out, bias="bias" in packed, dtype=dtype, device="meta", **options)
-    built.load_state_dict(packed, assign=True, strict=True)
-    return built
 
 
 def error(y: Tensor, wanted: Tensor) -> float:

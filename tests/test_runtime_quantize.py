@@ -110,7 +110,7 @@ def test_int_matmul_is_exact(rows: int, width: int, out: int) -> None:
 
 
 def test_int_matmul_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qc.runtime.int_matmul._int_mm_is_fast_and_exact", lambda: False)
+    monkeypatch.setattr("qc.runtime.int_matmul.int_mm_is_fast_and_exact", lambda: False)
     x = torch.full((2, 3000), -128, dtype=torch.int8)
     assert torch.equal(int_matmul(x, x), torch.full((2, 2), 3000 * 128 * 128, dtype=torch.int32))
     assert int_matmul(x[:0], x).shape == (0, 2)

@@ -25,8 +25,12 @@ class Question:
     """Where a set has several: a mix takes as many of one as of another."""
 
 
+class TooLong(Exception):
+    """A question needs more positions than the model has: it cannot be asked."""
+
+
 class Answers(Protocol):
-    """A model that answers: see ``compiler.calib_answers``."""
+    """A model that answers: see ``compiler.calib_answers``. Both raise TooLong for what it cannot be asked."""
 
     def likeliest(self, prompt: str, choices: Sequence[str]) -> str:
         """The choice to which the model gives the highest log-likelihood after the prompt."""

@@ -12,6 +12,10 @@ def add(commands: Any) -> None:
     command.add_argument("out", metavar="OUT")
     command.add_argument("prompt")
     command.add_argument("--max-new-tokens", type=int, default=64)
+    command.add_argument(
+        "--phase", choices=("served", "prefill", "decode"), default="served",
+        help="arithmetic of linears that have two: served decodes behind the prompt (default served)",
+    )  # fmt: skip
     command.set_defaults(run=run)
 
 
@@ -19,4 +23,4 @@ def run(args: argparse.Namespace) -> None:
     """``qc generate``."""
     from ..generate import generate
 
-    print(generate(args.out, args.prompt, max_new_tokens=args.max_new_tokens))
+    print(generate(args.out, args.prompt, max_new_tokens=args.max_new_tokens, phase=args.phase))

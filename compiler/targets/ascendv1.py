@@ -13,20 +13,21 @@ from ...runtime.formats import type_of
 from ...runtime.linear import ROTATIONS, IntegerLinear
 from ...runtime.w4a4 import W4A4FlatQuantDynamic
 from ...runtime.w4a8 import W4A8Dynamic
+from ..description import DESCRIPTION as DESCRIPTION
+from ..description import TURNS
 from ..errors import Refused
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
 from .served import AttentionGrid, LinearSite, ModelFacts
 from .target import DiskNames, Layout
 
-DESCRIPTION = "quant_model_description.json"
 FLOAT_TYPE = "FLOAT"
+STEM = "quant_model_weights"
+WEIGHTS_INDEX = f"{STEM}.safetensors.index.json"
 VERSION = "1.0.0"
 ROTATION_FILE = "optional/quarot.safetensors"
 GLOBAL_ROTATION = {"quarot": {"rotation_map": {"global_rotation": ROTATION_FILE}}}
 """Where a draft model finds the rotation of the hidden state that it shares."""
-TURNS = frozenset(name for names in ROTATIONS.values() for name in names)
-"""Tensors of online rotations that stand in the weights alone."""
 SPARSE_TYPE = "W16A16S"
 """Float tensors of a linear that was pruned."""
 PRIORITY = (
@@ -130,6 +131,11 @@ def layout(
         facts=_facts(model.grids, names), metadata=_metadata(sites),
         optional=GLOBAL_ROTATION if model.global_rotation else {},
     )  # fmt: skip
+
+
+def config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config.json`` of an export: it names the index of the weights, which transformers would not find else."""
+    return {**config, "transformers_weights": WEIGHTS_INDEX}
 
 
 def _metadata(sites: Sequence[LinearSite]) -> dict[str, Any]:

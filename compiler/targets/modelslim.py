@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.linear import IntegerLinear
+from ..description import description_of
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
 from . import ascendv1
+from .ascendv1_files import consistent
 from .served import LinearSite, ModelFacts
-from .target import DiskNames, Layout, Problem, Target
+from .target import DiskNames, Finding, Layout, Problem, Target
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,19 @@ class ModelSlim(Target):
         """The tensors of the ascendv1 layout."""
         return ascendv1.layout(parameters, sites, model, names, self.format_of)
 
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """With the place of the weights, for transformers."""
+        return ascendv1.config(config)
+
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file."""
         return {ascendv1.DESCRIPTION: ascendv1.description(layout)}
+
+    def judge(
+        self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
+    ) -> tuple[Finding, ...] | None:
+        """Whether tensors and description agree; no one reader is meant."""
+        return consistent(directory, ascendv1.DESCRIPTION, description_of)
 
 
 MODELSLIM = ModelSlim()

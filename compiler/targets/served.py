@@ -134,6 +134,8 @@ class ModelFacts:
     """Whether the rotation of the hidden state is written for draft models."""
     float_modules: tuple[str, ...] = ()
     """Modules with a float weight that are not in the list of linears: embeddings, norms, the head."""
+    architecture: str = ""
+    """Class of the model, ``LlamaForCausalLM``."""
 
 
 def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
@@ -203,6 +205,7 @@ def facts_of(plan: Plan) -> ModelFacts:
             for name, leaf in program.leaves.items()
             if "weight" in leaf.parameters and name not in linears
         ),
+        architecture=type(program.root).__name__,
     )
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from ...runtime.linear import IntegerLinear
+from ..errors import Refused
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
 from .served import LinearSite, ModelFacts, facts_of, parameters_of, sites_of
@@ -28,6 +30,25 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.site}: {self.message}; {self.fix}"
+
+
+Outcome = Literal["refuses", "ruins", "warns"]
+"""What a consumer does: stops with an error; goes on and computes something else; goes on, with a reservation."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about a directory that its consumer does not take as it was meant."""
+
+    outcome: Outcome
+    rule: str
+    tensor: str
+    """Name on disk of the tensor, or of the module or file."""
+    message: str
+    """What it is, and what the consumer does about it."""
+
+    def __str__(self) -> str:
+        return f"{self.outcome:8}{self.rule:5}{self.tensor}: {self.message}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +117,18 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
 
+    @property
+    def spelling(self) -> str:
+        """What ``--target`` takes for it."""
+        return self.name
+
+    def variant(self, version: str | None, device: str | None) -> Target:
+        """The same for another version or device; Refused where there is one alone."""
+        what = f"=={version}" if version is not None else f"[{device}]"
+        raise Refused(
+            f"target {self.name}{what}: {self.name} has no versions and no devices; write {self.name}"
+        )
+
     @abstractmethod
     def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
         """The format in which it loads a linear of a scheme; None where there is none, and for float."""
@@ -140,6 +173,38 @@ class Target(ABC):
     @abstractmethod
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """JSON files that stand beside the weights, by file name."""
+
+    def stem(self, layout: Layout) -> str:
+        """How the files of weights begin."""
+        return "quant_model_weights"
+
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """``config.json`` of the export, from that of a float model."""
+        return dict(config)
+
+    def finish(self, directory: Path, layout: Layout) -> None:
+        """Turn the safetensors that were written, and checked, into the files of the target, where it has others."""
+        return
+
+    def judge(
+        self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
+    ) -> tuple[Finding, ...] | None:
+        """What the consumer does with a directory of checkpoint files, ours or another tool's; None where nobody says.
+
+        Args:
+            directory: The directory; nothing is changed there.
+            tp: Tensor-parallel ranks of the server.
+            deep: Read the integers of weights too, and not only what stands beside them.
+            trust_remote_code: Whether Python code in the directory may say what the model looks like.
+
+        Raises:
+            Refused: It is no checkpoint, or one that cannot be read.
+        """
+        return None
+
+    def add(self, directory: Path) -> None:
+        """Write further files that are made from the whole checkpoint, when all else but the manifest is there."""
+        return
 
     def problems(self, plan: Plan) -> tuple[str, ...]:
         """The errors of ``check`` for a plan; what is wrong alike at many sites is told once."""

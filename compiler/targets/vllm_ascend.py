@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.formats import FORMATS
@@ -19,8 +20,9 @@ from ...runtime.w4a8 import SHARES
 from ..safetensors_io import TensorSpec
 from ..scheme import W4A8, LinearScheme
 from . import ascendv1
+from .releases import NEWEST_WHEEL, RELEASES, SAFE, SAFE_EXPERTS, Release, device_named, release_named
 from .served import LinearSite, ModelFacts
-from .target import DiskNames, Layout, Problem, Target
+from .target import DiskNames, Finding, Layout, Problem, Target
 from .vllm_rules import (
     dtype_problems,
     grids_problems,
@@ -30,10 +32,6 @@ from .vllm_rules import (
     sizes_problems,
 )
 
-SERVED = frozenset({"W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC"})
-"""Types of dense linears that every release from 0.18 on registers."""
-SERVED_EXPERTS = frozenset({"W8A8_DYNAMIC", "W4A8_DYNAMIC"})
-"""Types of experts that every release from 0.18 on registers."""
 MOST_RANKS = 64
 
 
@@ -43,11 +41,34 @@ class VllmAscend(Target):
 
     name: ClassVar[str] = "vllm-ascend"
     summary: ClassVar[str] = "ascendv1 layout, only what the server loads"
+    release: Release = RELEASES[NEWEST_WHEEL]
+    device: str = "A2"
+    spelled: str = "vllm-ascend"
+
+    @property
+    def spelling(self) -> str:
+        """``vllm-ascend[A3]==0.18``, or the name alone for what it stands for."""
+        return self.spelled
+
+    def variant(self, version: str | None, device: str | None) -> VllmAscend:
+        """Another release, or another device."""
+        release = self.release if version is None else release_named(version)
+        named = "" if device is None else f"[{device_named(device)}]"
+        spelled = f"{self.name}{named}" + ("" if version is None else f"=={release.version}")
+        return VllmAscend(release, self.device if device is None else device_named(device), spelled)
+
+    def judge(
+        self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
+    ) -> tuple[Finding, ...]:
+        """What the server does with a directory: see ``vllm_files``."""
+        from .vllm_files import judged
+
+        return judged(self.release, directory, tp=tp, deep=deep, trust_remote_code=trust_remote_code)
 
     def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
         """The served format of a scheme: no groups, no int4 weights beside float, no offsets beside integers."""
         found, weight = ascendv1.format_of(scheme, rotated), scheme.weight
-        if found is None or weight is None or weight.group or found.type not in SERVED | SERVED_EXPERTS:
+        if found is None or weight is None or weight.group or found.type not in SAFE | SAFE_EXPERTS:
             return None
         return found if weight.symmetric or found.act_bits is None else None
 
@@ -69,7 +90,7 @@ class VllmAscend(Target):
             found += _prefix(site, labels, floats)
         found += self._experts(sites)
         found += self._ranks(sites, model)
-        found += grids_problems(model)
+        found += grids_problems(model, self.release)
         return tuple(found)
 
     def tp_sizes(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[int, ...]:
@@ -94,6 +115,10 @@ class VllmAscend(Target):
             for site in sites
             if site.fused and not site.expert
         }
+
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """With the place of the weights, for transformers."""
+        return ascendv1.config(config)
 
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file, by which the server recognises the checkpoint."""
@@ -149,14 +174,14 @@ class VllmAscend(Target):
             )
         elif self.format_of(site.scheme, site.rotated) is None:
             yield self._no_format(site)
-        elif site.expert and self._label(site) not in SERVED_EXPERTS:
+        elif site.expert and self._label(site) not in SAFE_EXPERTS:
             yield Problem(
                 "expert",
                 site.name,
-                f"experts are served as {', '.join(sorted(SERVED_EXPERTS))}, not as {self._label(site)}",
+                f"experts are served as {', '.join(sorted(SAFE_EXPERTS))}, not as {self._label(site)}",
                 "give experts the scheme w8a8 or w4a8",
             )
-        elif not site.expert and self._label(site) not in SERVED:
+        elif not site.expert and self._label(site) not in SAFE:
             yield Problem(
                 "dense",
                 site.name,
@@ -174,7 +199,7 @@ class VllmAscend(Target):
                 f"give it the scheme w4a4, or exclude it from {site.rotated_by}",
             )
         known, weight = ascendv1.format_of(site.scheme, site.rotated), site.scheme.weight
-        if known is not None and known.type in SERVED and weight is not None and not weight.symmetric:
+        if known is not None and known.type in SAFE and weight is not None and not weight.symmetric:
             return Problem(
                 "offset",
                 site.name,
@@ -185,7 +210,7 @@ class VllmAscend(Target):
         return Problem(
             "type",
             site.name,
-            f"the server has no linear for {site.scheme}{named}: it has {', '.join(sorted(SERVED))}",
+            f"the server has no linear for {site.scheme}{named}: it has {', '.join(sorted(SAFE))}",
             "take one of w8a8, w8a8-static, w8a8-mix, w8a16, w4a4"
             + (", or --target modelslim" if known else ""),
         )

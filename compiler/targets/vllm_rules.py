@@ -9,6 +9,7 @@ import torch
 from ...runtime.kronecker import split as server_split
 from ...runtime.w4a8 import SHARES
 from ..scheme import W4A8
+from .releases import Release
 from .served import LinearSite, ModelFacts
 from .target import Problem
 
@@ -72,8 +73,8 @@ def sizes_problems(site: LinearSite) -> Iterator[Problem]:
         )
 
 
-def grids_problems(model: ModelFacts) -> Iterator[Problem]:
-    """Caches are read by scale alone, per channel; attention on int8 grids exists over a latent only."""
+def grids_problems(model: ModelFacts, release: Release) -> Iterator[Problem]:
+    """Caches are read per channel, since 0.23 by scale alone; attention on int8 grids exists over a latent only."""
     for grid in model.grids:
         if grid.stub.kind == "fa":
             yield Problem(
@@ -91,7 +92,7 @@ def grids_problems(model: ModelFacts) -> Iterator[Problem]:
                 " else",
                 "leave dynamic_cache out",
             )
-        elif not grid.stub.symmetric:
+        elif not grid.stub.symmetric and not release.reads_offsets:
             yield Problem(
                 "cache",
                 grid.attention,
@@ -104,6 +105,15 @@ def grids_problems(model: ModelFacts) -> Iterator[Problem]:
                 grid.attention,
                 f"its heads have {grid.head_dim} channels; a cache of int8 needs a multiple of 32",
                 "leave dynamic_cache out",
+            )
+        elif release.cached and model.architecture not in release.cached:
+            yield Problem(
+                "cache",
+                grid.attention,
+                f"vllm-ascend {release.version} loads scales of caches itself for {', '.join(sorted(release.cached))}"
+                f" alone; what vLLM does with those of {model.architecture or 'this model'} was not read",
+                "try it before you rely on it, or leave dynamic_cache out",
+                "warning",
             )
 
 

@@ -1,0 +1,190 @@
+"""compressed-tensors: what ``from_pretrained`` of transformers, and vLLM, load through the library of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...runtime.linear import IntegerLinear
+from ..errors import Refused
+from ..safetensors_io import TensorSpec
+from ..scheme import Int, LinearScheme
+from . import ascendv1
+from .compressed_formats import (
+    CompressedStatic,
+    CompressedStaticAsymmetric,
+    CompressedW4A8,
+    CompressedW8A8,
+    PackedW4A16,
+    PackedW8A16,
+)
+from .served import LinearSite, ModelFacts
+from .target import DiskNames, Finding, Layout, Problem, Target
+
+INSTALL = "pip install 'qc[compressed-tensors]'"
+LIBRARY = "compressed_tensors"
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Target):
+    """Float and integer linears under the names of transformers, with a ``quantization_config`` of the library."""
+
+    name: ClassVar[str] = "compressed-tensors"
+    summary: ClassVar[str] = "the library of that name: transformers and vLLM load it"
+
+    def format_of(self, scheme: LinearScheme, rotated: bool) -> type[IntegerLinear] | None:
+        """The format of a scheme: W8A8, W4A8, W8A16, W4A16."""
+        weight, act = scheme.weight, scheme.act
+        if weight is None or rotated or not weight.symmetric or weight.bits not in (4, 8):
+            return None
+        if act is None:
+            return PackedW4A16 if weight.bits == 4 else PackedW8A16
+        if act.bits != 8:
+            return None
+        if act.per == "token":
+            return CompressedW4A8 if weight.bits == 4 else CompressedW8A8
+        if act.per == "tensor" and weight.bits == 8 and not weight.group:
+            return CompressedStatic if act.symmetric else CompressedStaticAsymmetric
+        return None
+
+    def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
+        """Schemes that it does not write, experts, and whatever needs a place that the model's code has not."""
+        found: list[Problem] = []
+        if find_spec(LIBRARY) is None:
+            found.append(Problem("library", "target", "compressed-tensors is not installed", INSTALL))
+        for site in sites:
+            weight = site.scheme.weight
+            if site.rotated or site.online is not None or site.beside or site.divided:
+                what = (
+                    "what stands in float beside its integers"
+                    if site.beside
+                    else "an online transform of its input"
+                )
+                found.append(Problem(
+                    "place", site.name, f"{what} has no place in a model of transformers",
+                    "leave out the pass that puts it there",
+                ))  # fmt: skip
+            if site.added_bias:
+                found.append(Problem(
+                    "bias", site.name, f"{site.added_bias} gives it a bias, for which the model has no place",
+                    f"make {site.added_bias} symmetric",
+                ))  # fmt: skip
+            if weight is None:
+                continue
+            if self.format_of(site.scheme, False) is None:
+                found.append(Problem(
+                    "type", site.name, f"{site.scheme} is not among what is written: W8A8, W4A8, W8A16, W4A16,"
+                    " symmetric weights", "take w8a8, w8a8-static, w4a8, w8a16 or w4a16",
+                ))  # fmt: skip
+            if weight.group and site.in_features % weight.group:
+                found.append(Problem(
+                    "group", site.name, f"groups of {weight.group} do not divide its {site.in_features} channels",
+                    "take a group size that does, or exclude it",
+                ))  # fmt: skip
+            if site.expert or site.transposed:
+                what = (
+                    "an expert's, and transformers holds experts in stacks"
+                    if site.expert
+                    else "stored as [in, out]"
+                )
+                found.append(
+                    Problem("module", site.name, f"its weight is {what}", "exclude it from quantization")
+                )
+        for norm in model.norm_biases:
+            found.append(Problem(
+                "norm-bias", norm.norm, f"{norm.added_by} gives it a bias, for which the model has no place",
+                f"make {norm.added_by} symmetric",
+            ))  # fmt: skip
+        for grid in model.grids:
+            found.append(Problem(
+                "grid", grid.attention, "int8 caches and attentions are not written for this target",
+                "leave out the pass that makes them, or --target modelslim",
+            ))  # fmt: skip
+        return tuple(found)
+
+    def tp_sizes(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[int, ...]:
+        """Nobody says."""
+        return ()
+
+    def layout(
+        self,
+        parameters: Mapping[str, TensorSpec],
+        sites: Sequence[LinearSite],
+        model: ModelFacts,
+        names: DiskNames,
+    ) -> Layout:
+        """The tensors of the library's formats, under the names of the checkpoint."""
+        made = ascendv1.layout(parameters, sites, model, names, self.format_of)
+        schemes = {site.name: site.scheme for site in sites if site.name in made.prefixes}
+        return replace(made, metadata={"schemes": schemes})
+
+    def stem(self, layout: Layout) -> str:
+        """Where transformers looks for weights."""
+        return "model"
+
+    def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+        """With the ``quantization_config`` that the library makes of the schemes."""
+        return {**config, "quantization_config": quantization_config(layout.metadata["schemes"])}
+
+    def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
+        """None: config.json says it all."""
+        return {}
+
+    def judge(
+        self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
+    ) -> tuple[Finding, ...] | None:
+        """What transformers does with a directory: the library's own modules say which tensors they want."""
+        if find_spec(LIBRARY) is None:
+            raise Refused(f"compressed-tensors is not installed: {INSTALL}")
+        from .compressed_files import judged
+
+        return judged(directory, trust_remote_code)
+
+
+def quantization_config(schemes: Mapping[str, LinearScheme]) -> dict[str, Any]:
+    """The block of config.json for linears of these schemes, made and checked by the library."""
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
+
+    groups: dict[LinearScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    formats = {one: "pack-quantized" if one.act is None else "int-quantized" for one in groups}
+    made = {
+        f"group_{number}": QuantizationScheme(
+            targets=names,
+            weights=_args(scheme.weight, "channel"),
+            input_activations=_args(scheme.act, "tensor"),
+            format=formats[scheme],  # pyright: ignore[reportArgumentType]
+        )
+        for number, (scheme, names) in enumerate(groups.items())
+    }
+    whole = set(formats.values())
+    config = QuantizationConfig(
+        config_groups=made,  # pyright: ignore[reportArgumentType]
+        quantization_status=QuantizationStatus.COMPRESSED,
+        format=next(iter(whole)) if len(whole) == 1 else "mixed-precision" if whole else "dense",
+        ignore=["lm_head"],
+    )
+    return config.model_dump(mode="json", exclude_none=True)
+
+
+def _args(format: Int | None, whole: str) -> Any:
+    """One side of a linear in the library's words; None for float. ``whole`` is the strategy of a scale per tensor."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
+
+    if format is None:
+        return None
+    return QuantizationArgs(
+        num_bits=format.bits,
+        type=QuantizationType.INT,
+        symmetric=format.symmetric,
+        strategy=QuantizationStrategy(whole if format.per == "tensor" else format.per),
+        group_size=format.group or None,
+        dynamic=format.per == "token",
+    )
+
+
+COMPRESSED_TENSORS = CompressedTensors()

@@ -1,0 +1,120 @@
+"""What a directory of checkpoint files holds, read as a server reads it: defects and all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import Refused
+from ..safetensors_io import Entry, read_header, read_tensors
+from ..shards import nothing, read_json
+from .target import Finding
+
+INDEX = "model.safetensors.index.json"
+"""The only index that vLLM reads; of other names it knows nothing."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a directory by their names on disk, and its JSON files."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    """Of a tensor that is there twice, the one that is read last."""
+    file: Mapping[str, Path]
+    findings: tuple[Finding, ...] = field(default=(), compare=False)
+    """What is wrong with the files themselves (rule A2)."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in memory of its own."""
+        return read_tensors(self.file[name], {name: self.entries[name]})[name]
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that the config names for floats."""
+        text = self.config.get("text_config")
+        named = [part.get(key) for part in (self.config, text) if isinstance(part, Mapping) for key in KEYS]
+        found = getattr(torch, str(next((one for one in named if one), None)), None)
+        return found if isinstance(found, torch.dtype) else None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object beside the weights; None where there is no such file. Refused where it is none."""
+        file = self.directory / name
+        return read_json(file) if file.is_file() else None
+
+
+KEYS = ("dtype", "torch_dtype")
+
+
+def stored(directory: Path) -> Stored:
+    """Read config and headers.
+
+    Raises:
+        Refused: No such directory, no config.json, no safetensors, a header that cannot be read.
+    """
+    if not directory.is_dir():
+        raise Refused(f"{directory}: no such directory; give one that holds a checkpoint")
+    if not (directory / "config.json").is_file():
+        raise Refused(
+            f"{directory}: no config.json, so this is no checkpoint; give the directory that holds one"
+        )
+    config = read_json(directory / "config.json")
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise Refused(nothing(directory))
+    found = list(_twice_or_ignored(directory, files))
+    listed = _listed(directory)
+    entries: dict[str, Entry] = {}
+    file: dict[str, Path] = {}
+    for path in files if listed is None else [path for path in files if path.name in listed]:
+        for name, entry in read_header(path).items():
+            if name in entries:
+                found.append(Finding(
+                    "ruins", "A2", name, f"it is in {file[name].name} and in {path.name}: the one read last wins"
+                ))  # fmt: skip
+            entries[name], file[name] = entry, path
+    return Stored(directory, config, entries, file, tuple(found))
+
+
+def _listed(directory: Path) -> set[str] | None:
+    """The files that the index names; None without an index. Refused where it is none."""
+    if not (directory / INDEX).is_file():
+        return None
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise Refused(f"{directory / INDEX}: weight_map must map tensor names to file names")
+    return {str(name) for name in weight_map.values()}
+
+
+def _twice_or_ignored(directory: Path, files: list[Path]) -> Iterator[Finding]:
+    """What an index makes of the files: some are not there, others are not read."""
+    listed = _listed(directory)
+    if listed is not None:
+        for name in sorted(listed - {path.name for path in files}):
+            yield Finding("refuses", "A2", INDEX, f"it lists {name}, which is not there (FileNotFoundError)")
+        for path in files:
+            if path.name not in listed:
+                yield Finding("warns", "A2", path.name, f"{INDEX} does not list it: no tensor of it is read")
+    for index in sorted(directory.glob("*.safetensors.index.json")):
+        if index.name != INDEX:
+            yield from _stale(index)
+
+
+def _stale(index: Path) -> Iterator[Finding]:
+    """An index of another name that does not agree with the files; nobody reads it but other tools."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        yield Finding("warns", "A2", index.name, "it cannot be read; vLLM does not look at it")
+        return
+    for name in sorted(n for n in names if not (index.parent / str(n)).is_file()):
+        yield Finding(
+            "warns", "A2", index.name, f"it lists {name}, which is not there; vLLM does not look at it"
+        )
