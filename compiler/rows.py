@@ -41,6 +41,12 @@ class RowwiseTensor:
         """The rows that proofs look at (the prover chooses them), with all edits so far, float32."""
         return self.rows(program, self.sample).float()
 
+    def copy(self) -> RowwiseTensor:
+        """The same table with the edits so far, which can go another way."""
+        other = RowwiseTensor(self.module, self.name, self.full)
+        other.pending, other.sample = list(self.pending), self.sample
+        return other
+
     def edit(self, edits: list[Edit], values: Mapping[Slot, Any], before: Mapping[str, Tensor]) -> None:
         """Note edits for later; ``before`` is the state they read."""
         self.pending.append((edits, values, before))

@@ -7,7 +7,7 @@ and forget. Peak memory is a few times one block, whatever the depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
-from .edit import Verb, apply, by_module
+from .edit import Verb, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal, Told
 from .laws import shape
 from .observe import Observers, RowCounts
-from .operand import Quantize, Slot, Statistic, Stub
+from .operand import Slot, Statistic
+from .part_state import PartState
 from .part_work import (
     cast,
     check_values,
@@ -53,6 +54,12 @@ Sink = Callable[[str, Tensor], None]
 Watch = Callable[[Part, Mapping[str, Tensor]], None]
 """Sees each part once all passes are done with it, with its tensors as they left them: float32, tables as they run."""
 
+Solved = tuple[Rewrite, Mapping[Slot, Any]]
+"""A rewrite, with the edits of one part, and what its slots were filled with."""
+StepWatch = Callable[[Part, Step | None, PartState, Sequence[Solved]], None]
+"""Sees each part after every step that rewrites it: the state before that step, and what was solved in it. At the end
+of the part it sees the final state, with no step."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -78,8 +85,10 @@ class Solver:
     def __init__(
         self, plan: Plan, ids: Tensor, sink: Sink, *, compute: torch.dtype,
         report: Callable[[Progress], None] = lambda progress: None, watch: Watch | None = None,
+        on_step: StepWatch | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
+        self.on_step = on_step
         self.microbatch = max(1, (plan.run.tokens if plan.run else MICROBATCH) // ids.shape[1])
         self.report = report
         self.journal = Journal()
@@ -144,9 +153,8 @@ class _PartSolver:
         self.mixtures = [one for one in mixtures(self.plan.program) if any(n in own for e in one for n in e)]
         self.peers = peers(self.mixtures)
         self.routes: dict[tuple[int, str], Tensor] = {}
-        self.stubs: dict[str, Tensor] = {}
-        """Grids of attentions, as they are written; everything but the quantized model runs without them."""
         self.tensors = self._load()
+        self.state = PartState(self.plan.program, self.tensors, self.rowwise, self.quantized, self.schemes)
 
     def _load(self) -> dict[str, Tensor]:
         program, source = self.plan.program, self.plan.program.source
@@ -183,6 +191,8 @@ class _PartSolver:
                 continue
             release()
             self._report(work.step.what.name)
+            before = None if solver.on_step is None else self.state.copy()
+            solved: list[Solved] = []
             view = self._view(work)
             for rewrite in work.rewrites:
                 view.measures, view.curves = {}, {}
@@ -196,7 +206,11 @@ class _PartSolver:
                     solver.journal.proved(self.part.name, rewrite, rewrite.edits, certificate, told)
                 else:
                     solver.journal.changed(self.part.name, rewrite, rewrite.edits, told)
-                self._apply(rewrite, values)
+                self.state.apply(rewrite, values)
+                if before is not None:
+                    solved.append((rewrite, values))
+            if solver.on_step is not None and before is not None:
+                solver.on_step(self.part, work.step, before, solved)
         self._report("write")
         if any(rewrite.claim is EXACT for work in self.work for rewrite in work.rewrites):
             error = solver.prover.stored(proved, self._proof_tensors(), self.plan.dtype)
@@ -204,6 +218,8 @@ class _PartSolver:
         if self.is_block:
             after = solver.prover.measure(self.part, self.tensors, self.quantized, self.schemes)
             solver.journal.measured(self.part.name, proved.spreads, after)
+        if solver.on_step is not None:
+            solver.on_step(self.part, None, self.state, ())
         if solver.watch is not None:
             finished = {
                 n: rows.finished(self.plan.program, solver.compute) for n, rows in self.rowwise.items()
@@ -324,34 +340,6 @@ class _PartSolver:
             for rewrite in work.rewrites for edit in rewrite.edits if edit.verb is Verb.SWAP
         ]  # fmt: skip
 
-    def _apply(self, rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
-        before = dict(self.tensors)
-        for edit in rewrite.edits:
-            if isinstance(edit.operand, Stub):
-                self._calibrate(edit.site.module, edit.operand, values[edit.operand.slot])
-        rewrite = replace(rewrite, edits=tuple(e for e in rewrite.edits if e.verb is not Verb.STUB))
-        for module, edits in by_module(rewrite.edits).items():
-            if all(edit.verb is Verb.SWAP for edit in edits):
-                for edit in edits:
-                    assert isinstance(edit.operand, Quantize)
-                    self.quantized[module] = values[edit.operand.slot]
-                    self.schemes[module] = edit.operand.scheme
-                continue
-            rows = self.rowwise.get(f"{module}.weight")
-            if rows is not None:
-                rows.edit(edits, values, before)
-                continue
-            new = apply(self.plan.program, module, edits, values, before.get, torch.float64)
-            new = {local: t.float() if t.is_floating_point() else t for local, t in new.items()}
-            self.tensors.update({f"{module}.{local}": tensor for local, tensor in new.items()})
-
-    def _calibrate(self, module: str, stub: Stub, found: Tensor) -> None:
-        """Keep scale and offset of a stub, in the dtypes in which they are stored."""
-        size = self.tensors[f"{module}.{stub.leaves[0]}"].shape
-        kinds = (torch.float32, torch.int8 if stub.kind == "fa" else torch.float32)
-        for leaf, tensor, kind in zip(stub.leaves, found, kinds, strict=True):
-            self.stubs[f"{module}.{leaf}"] = tensor.reshape(size).to(kind)
-
     def _write(self) -> None:
         dtype = self.plan.dtype
         formats, ties = self.plan.formats, self.plan.final.ties
@@ -362,11 +350,11 @@ class _PartSolver:
         for module, q in self.quantized.items():
             for local, tensor in formats[module].pack(q, dtype, module in row_parallel).items():
                 self.solver.sink(f"{module}.{local}", tensor)
-        for name, tensor in self.stubs.items():
+        for name, tensor in self.state.stubs.items():
             if name in self.plan.layout.stubs:
                 self.solver.sink(name, tensor)
         for name, tensor in self.tensors.items():
-            if name in self.stubs:
+            if name in self.state.stubs:
                 continue
             if name not in ties and name.rpartition(".")[0] not in self.quantized:
                 self.solver.sink(name, self.solver.exported(name, tensor))
@@ -385,7 +373,7 @@ class _PartSolver:
         assert self.outputs is not None
         if solver.quantized_stream is not None:
             hook = quantized_linears(self.quantized, self.schemes, solver.compute)
-            tensors = cast({**self.tensors, **self.stubs}, solver.compute)
+            tensors = cast({**self.tensors, **self.state.stubs}, solver.compute)
             quantized = solver.quantized_stream
             with torch.no_grad():
                 results = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import testing as testing
     from .api import analyze as analyze
+    from .api import bisect as bisect
     from .api import calib_mix as calib_mix
     from .api import calib_refine as calib_refine
     from .api import capture as capture
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     ".api": (
-        "analyze", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load", "load_program",
-        "plan", "set_phase", "show", "verdict", "verify",
+        "analyze", "bisect", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load",
+        "load_program", "plan", "set_phase", "show", "verdict", "verify",
     ),
     ".compiler.calib_readers.question": ("Question", "Reader"),
     ".compiler.contract": ("EXACT", "LOSSY", "Answer", "Fact", "Pass", "Rewrite", "Setting"),

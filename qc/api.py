@@ -9,6 +9,8 @@ from typing import Any
 from .compiler import compile as engine
 from .compiler.analyze import Analysis
 from .compiler.analyze import analyze as _analyze
+from .compiler.bisect import Bisection
+from .compiler.bisect import bisect as _bisect
 from .compiler.calib_mix import Mix
 from .compiler.calib_mix import mix as _mix
 from .compiler.calib_readers.question import Answers, Reader
@@ -32,8 +34,8 @@ from .compiler.verify import verify
 from .runtime.phase import set_phase
 
 __all__ = [
-    "analyze", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load", "load_program",
-    "plan", "set_phase", "show", "verdict", "verify",
+    "analyze", "bisect", "calib_mix", "calib_refine", "capture", "compile", "evaluate", "generate", "load",
+    "load_program", "plan", "set_phase", "show", "verdict", "verify",
 ]  # fmt: skip
 
 
@@ -143,6 +145,44 @@ def analyze(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return _analyze(model, options, metric=metric, by=by, scheme=scheme, top=top, report=report)
+
+
+def bisect(
+    model: engine.Model | Program, passes: str | Iterable[str | Pass] | None = None, *,
+    config: str | Path | None = None, max_kl: float | None = None, scheme: str | Scheme | None = None,
+    target: Any = None, tp: int = 1, calib: Sequence[str | Path] = (), samples: int = 32, length: int = 512,
+    seed: int = 0, dtype: str = "auto", tokenizer: Any = None, trust_remote_code: bool = False,
+    calibrate_all_experts: bool = False, report: Callable[[Progress], None] = lambda progress: None,
+) -> Bisection:  # fmt: skip
+    """Which step of a plan hurts what the model says, and at which of its places; a number for every step.
+
+    Args:
+        model: As for ``plan``.
+        passes: As for ``plan``.
+        config: As for ``plan``.
+        max_kl: Name the first step past so many nats per token of divergence; None names the one that adds most.
+        scheme: As for ``plan``.
+        target: As for ``plan``.
+        tp: As for ``plan``.
+        calib: As for ``compile``; divergences are measured on its first 1024 tokens.
+        samples: As for ``compile``.
+        length: As for ``compile``.
+        seed: As for ``compile``.
+        dtype: As for ``compile``.
+        tokenizer: As for ``compile``.
+        trust_remote_code: As for ``plan``.
+        calibrate_all_experts: As for ``compile``.
+        report: Called with the progress.
+
+    Raises:
+        Refused: The input or the plan is not acceptable.
+        Failed: A pass broke, such as by a failed proof.
+    """
+    options = engine.Options(
+        scheme=scheme, target=target, tp=tp, calib=calib, samples=samples, length=length, seed=seed, dtype=dtype,
+        tokenizer=tokenizer, trust_remote_code=trust_remote_code, calibrate_all_experts=calibrate_all_experts,
+    )  # fmt: skip
+    return _bisect(model, _asked(passes, config), options, max_kl=max_kl, report=report)
 
 
 def calib_mix(

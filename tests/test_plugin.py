@@ -277,6 +277,16 @@ def test_a_skeleton_is_a_package_that_passes_its_own_tests(
     assert "5 passed" in done.stdout
 
 
+@pytest.mark.slow
+def test_the_pass_of_a_skeleton_stands_the_suite_on_every_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(["new-pass", "even_columns"])[0] == 0
+    with importable(tmp_path / "qc-even-columns" / "src"):
+        check(importlib.import_module("qc_even_columns").EvenColumns())
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -11,6 +11,7 @@ NAMES = (
     "eval",
     "verify",
     "analyze",
+    "bisect",
     "calib",
     "passes",
     "recipes",

@@ -13,11 +13,16 @@ def plan_options(
     command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
 ) -> None:
     """The options that ``compile``, ``plan`` and ``calib refine`` share; ``--samples`` counts what a command says."""
-    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
-    what.add_argument("--config", metavar="FILE", help="a recipe: YAML of apiversion modelslim_v1")
-    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
+    solve_options(command, samples, counted)
+    choosing_options(command)
+    command.add_argument(
+        "--print-after", action="append", default=[], metavar="PASS",
+        help="print the program as it is after this step (a name, a number, or all)",
+    )  # fmt: skip
+
+
+def choosing_options(command: argparse.ArgumentParser) -> None:
+    """The options that have formats chosen."""
     budget = command.add_mutually_exclusive_group()
     budget.add_argument(
         "--avg-bits", type=float, metavar="B",
@@ -35,6 +40,15 @@ def plan_options(
     command.add_argument(
         "--curve", metavar="FILE", help="draw the trade-off of --avg-bits or --max-kl (.svg)"
     )
+
+
+def solve_options(command: argparse.ArgumentParser, samples: int, counted: str) -> None:
+    """The options of whatever solves a plan."""
+    command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
+    what.add_argument("--config", metavar="FILE", help="a recipe: YAML of apiversion modelslim_v1")
+    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
     command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
     command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
     command.add_argument(
@@ -53,10 +67,6 @@ def plan_options(
     command.add_argument("--device", default="cpu")
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
-    command.add_argument(
-        "--print-after", action="append", default=[], metavar="PASS",
-        help="print the program as it is after this step (a name, a number, or all)",
-    )  # fmt: skip
 
 
 def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
@@ -92,7 +102,8 @@ def options_of(args: argparse.Namespace) -> Any:
         samples=args.samples, length=args.length, seed=args.seed, device=args.device, dtype=args.dtype,
         trust_remote_code=args.trust_remote_code, force=getattr(args, "force", False),
         calibrate_all_experts=args.calibrate_all_experts, timings=getattr(args, "timings", False),
-        max_memory=args.max_memory, avg_bits=args.avg_bits, max_kl=args.max_kl, choose_from=args.choose_from,
+        max_memory=args.max_memory, avg_bits=getattr(args, "avg_bits", None), max_kl=getattr(args, "max_kl", None),
+        choose_from=getattr(args, "choose_from", None),
     )  # fmt: skip
 
 
