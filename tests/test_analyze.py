@@ -125,7 +125,7 @@ def test_linears_that_run_as_one_come_together_and_ties_come_too() -> None:
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"metric": "kl"}, "metrics are kurtosis, std, quantile, mse"),
+        ({"metric": "fisher"}, "metrics are kurtosis, std, quantile, mse, kl"),
         ({"by": "head"}, "by linear, layer, attention"),
         ({"by": "attention", "metric": "std"}, "attentions are compared by mse"),
         ({"metric": "mse", "scheme": "float"}, "give formats to round to"),

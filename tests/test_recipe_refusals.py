@@ -159,7 +159,6 @@ WRONG_QCONFIGS = {
     f"{{weight: {INT8.replace('minmax', 'mse_round')}}}": "method mse_round of the weight is not supported here",
     f"{{weight: {INT8.replace('minmax', 'autoround')}}}": "method autoround of the weight is not supported here",
     f"{{weight: {INT8.replace('per_channel', 'per_block')}}}": "scope per_block with symmetric true of the weight",
-    f"{{weight: {INT8.replace('true', 'false')}, act: {TOKEN}}}": "no target has a linear of that kind",
     f"{{weight: {INT8.replace('true', '1')}}}": "symmetric is true or false, this is the number 1",
     f"{{weight: {INT8.replace('per_channel', 'per_group')}}}": "scope per_group needs ext.group_size",
     f"{{weight: {INT8.replace('minmax', 'minmax, ext: {group_size: 64}')}}}": "group_size belongs to scope per_group",

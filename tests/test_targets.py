@@ -74,7 +74,7 @@ def test_what_is_served_alike_everywhere_has_no_problem(scheme: LinearScheme) ->
         (W4A8, "W4A8_DYNAMIC", "W4A8_DYNAMIC"),
         (LinearScheme(Int(4, "group", 64), Int(8, "token")), None, None),
         (LinearScheme(Int(8, "channel", symmetric=False)), "W8A16", "W8A16"),
-        (LinearScheme(Int(8, "channel", symmetric=False), Int(8, "token")), None, None),
+        (LinearScheme(Int(8, "channel", symmetric=False), Int(8, "token")), None, "W8A8_DYNAMIC"),
         (FLOAT, None, None),
     ],
 )

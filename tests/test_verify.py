@@ -124,7 +124,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a scale of 0": (put(f"{PLAIN}.weight_scale", first(0)), "values", "not positive"),
     "a negative scale": (put(f"{PLAIN}.weight_scale", first(-1)), "values", "not positive"),
     "an infinite scale": (put(f"{PLAIN}.weight_scale", first(float("inf"))), "values", "not positive"),
-    "an offset": (put(f"{PLAIN}.weight_offset", first(1)), "values", "offsets are zero"),
+    "an offset": (put(f"{PLAIN}.weight_offset", first(0.5)), "values", "whole numbers"),
     "a stretched rotation": (put(f"{ROTATED}.left_trans", lambda t: t * 1.1), "values", "not orthogonal"),
     "a rotation with a lost row": (put(f"{ROTATED}.right_trans", first(0)), "values", "not orthogonal"),
     "a clip ratio above 1": (put(f"{ROTATED}.clip_ratio", first(1.5)), "values", "clip ratio"),
