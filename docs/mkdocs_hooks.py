@@ -61,7 +61,7 @@ def reference() -> dict[str, str]:
     found = dict[str, str]()
     for home, names in {**qc._HOMES, ".testing": tuple(qc.testing.__all__)}.items():
         prefix = "qc.testing" if home == ".testing" else "qc"
-        title = TITLES[home]
+        title = TITLES.get(home) or home.rpartition(".")[2].replace("_", " ").capitalize()
         body = "\n".join(f"::: {prefix}.{name}\n" for name in names)
         found[f"reference/{title.lower().replace(' ', '-')}.md"] = f"# {title}\n\n{body}"
     return found
@@ -72,14 +72,12 @@ TITLES = {
     ".compiler.calib_readers.question": "Calibration readers",
     ".compiler.contract": "Contract of a pass",
     ".compiler.edit": "Edits",
-    ".compiler.errors": "Errors",
     ".compiler.operand": "Operands",
     ".compiler.pattern": "Pattern language",
-    ".compiler.program": "Program",
     ".compiler.scheme": "Schemes",
     ".testing": "Testing a pass",
 }
-"""What the modules that define public names are called on the site."""
+"""What modules that define public names are called on the site, where it is not their own name."""
 
 
 def pages(config: MkDocsConfig) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import qc
-from tests.pages import PAGES, ROOT, name_of
+from tests.pages import PAGES, ROOT, anchors, name_of
 
 MISSING = [name for name in ("mkdocs", "material", "mkdocstrings") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -50,6 +50,14 @@ def test_every_page_is_in_the_navigation(site: Path) -> None:
     places = set(re.findall(r'href="([^"#]+)"', navigation))
     assert [name_of(page) for page in PAGES if place(page) not in places] == []
     assert [name for name in places if not (site / name).is_file()] == []
+
+
+def test_headings_have_the_anchors_that_github_gives_them(site: Path) -> None:
+    text = {page: (site / place(page)).read_text(encoding="utf-8") for page in PAGES}
+    missing = [
+        f"{name_of(page)}#{a}" for page in PAGES for a in anchors(page) if f' id="{a}"' not in text[page]
+    ]
+    assert missing == []
 
 
 def test_the_reference_has_every_public_name(site: Path) -> None:
