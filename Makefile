@@ -12,7 +12,7 @@ DEMO := $(OUT)/demo
 DEMO_PASSES := iter_smooth,quarot,autoround{iters=10}
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check slow lint types format bench clean
+.PHONY: help venv demo test check slow lint types format docs bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ types: $(STAMP)  ## pyright
 format: $(STAMP)  ## let ruff rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## the documentation as a site in out/site; a dead link or a page without a place is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir $(abspath $(OUT)/site)
 
 bench: $(STAMP)  ## the measurements of docs/benchmarks.md and docs/architectures.md (about two hours on 2 cores)
 	$(BIN)/python -m benchmarks.plan_cost
