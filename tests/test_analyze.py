@@ -161,7 +161,7 @@ def test_the_command_prints_a_table_and_json(spoiled: Home, capsys: pytest.Captu
     assert found["exclude"]
     assert len(found["scores"]) == 21
     assert found["scores"][0]["name"] in text.splitlines()[2]
-    assert main([*asked, "--metric", "kl"]) == 2
+    assert main([*asked, "--metric", "fisher"]) == 2
 
 
 def test_the_table_tells_how_many_it_leaves_out() -> None:

@@ -23,7 +23,7 @@ CASES = [
     ("llama", "iter_smooth,quarot,linear_quant", "w4a16"),
     ("qwen2", SMOOTH, "w8a8-mix"),
     ("qwen3", "iter_smooth,linear_quant", "w8a8-static"),
-    ("smollm2", "flatquant,linear_quant", "w4a4"),
+    ("llama-128", "flatquant,linear_quant", "w4a4"),
     ("llama", "dynamic_cache,linear_quant", "w8a8"),
     ("mixtral", "linear_quant", "experts-w4a8"),
     ("qwen3_moe", SMOOTH, "w8a8"),
