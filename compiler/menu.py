@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from .cost import stored_bits
 from .errors import Refused
@@ -151,8 +150,3 @@ def _experts(plan: Plan) -> dict[str, str]:
         linears = [name for expert in mixture for name in expert]
         found |= dict.fromkeys(linears, f"experts of {min(linears, default='')}")
     return found
-
-
-def combinations(menu: Menu) -> int:
-    """How many different choices there are."""
-    return prod(len(place.options) for place in menu.places)
