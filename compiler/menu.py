@@ -111,6 +111,8 @@ def menu_of(formats: Iterable[LinearScheme], planned: Callable[[Scheme], Plan]) 
         if site.name in quantizable:
             groups.setdefault(mixed.get(site.name) or min((site.name, *site.fused)), []).append(site)
     places = [_place(group, allowed, plan, why) for group in groups.values()]
+    if not any(one.quantized for place in places for one in place.options):
+        raise Refused(f"no linear can be quantized in any of these formats{_first(why)}")
     fixed = [site for site in sites.values() if site.name not in quantizable]
     return Menu(
         tuple(places),

@@ -103,6 +103,8 @@ def test_what_cannot_be_reached_is_refused_with_the_closest_point() -> None:
         asked("llama", max_kl=1e-6, choose_from="w4a4,w8a8")
     with pytest.raises(Refused, match="leave their strategies out"):
         asked("llama", "linear_quant{strategies=w8a8:*}", avg_bits=6)
+    with pytest.raises(Refused, match=r"no linear can be quantized .* stored as \[in, out\]"):
+        asked("gpt2", avg_bits=6)
     with pytest.raises(Refused, match="no pass of this plan quantizes"):
         asked("llama", "iter_smooth", avg_bits=6)
 
