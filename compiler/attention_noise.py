@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from ..runtime.attention_grid import head_grid
 from ..runtime.quantize import fake_quant_per_token, scale_for
+from .device import doubled
 
 
 class AttentionNoise:
@@ -34,7 +35,7 @@ class AttentionNoise:
             args[operand] = _on_grid(args[operand], scope)
         again = node.target(*args, **fx.node.map_arg(node.kwargs, known.__getitem__))  # type: ignore[operator]
         for sums, x in ((self.noise, again - value), (self.signal, value)):
-            sums[node.name] = sums.get(node.name, 0) + x.double().square().sum((0, 2))
+            sums[node.name] = sums.get(node.name, 0) + doubled(x).square().sum((0, 2))
 
     def errors(self) -> dict[str, float]:
         """Root of the mean relative square error over channels, by node."""

@@ -22,6 +22,7 @@ from .choose import check_asked, chosen
 from .clock import Clock
 from .contract import Pass
 from .cost import cost_of
+from .device import CPU, device_named, has_bfloat16
 from .errors import Failed, NotEquivalent, Refused
 from .export import (
     RUN,
@@ -70,8 +71,9 @@ class Options:
     length: int = 512
     seed: int = 0
     device: str = "cpu"
+    """Where blocks run, such as ``cuda:0``; weights and the values between blocks stay on the host."""
     dtype: str = "auto"
-    """Dtype of calibration runs: ``auto`` is bfloat16 where checkpoint and CPU have it, else float32."""
+    """Dtype of calibration runs: ``auto`` is bfloat16 where checkpoint and device have it, else float32."""
     trust_remote_code: bool = False
     force: bool = False
     tokenizer: Any = field(default=None, compare=False)
@@ -111,8 +113,7 @@ class Options:
             raise Refused(f"--samples {self.samples} --length {self.length}: at least 1 sample of 2 tokens")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise Refused(f"--dtype {self.dtype}: it is auto, {' or '.join(DTYPES)}")
-        if self.device != "cpu":
-            raise Refused(f"--device {self.device}: blocks are solved on the cpu; leave it out")
+        device_named(self.device)
 
     @property
     def chooses(self) -> bool:
@@ -155,7 +156,9 @@ def plan(
             program, passes.passes if isinstance(passes, Recipe) else passes,
             scheme=scheme, target=options.target, tp=options.tp, seed=options.seed,
             calibrate_all_experts=options.calibrate_all_experts,
-            run=Run(options.samples, options.length, compute_dtype(program, options), tuple(map(str, options.calib))),
+            run=Run(options.samples, options.length, compute_dtype(program, options), tuple(map(str, options.calib)),
+                device=device_named(options.device),
+            ),
         )  # fmt: skip
 
     planned = _chosen(program, planned_in, options, report) if options.chooses else planned_in(options.scheme)
@@ -308,7 +311,9 @@ def compute_dtype(program: Program, options: Options) -> torch.dtype:
     if options.dtype != "auto":
         return DTYPES[options.dtype]
     own = {program.source.dtype(name) for name in program.source.names()}
-    return torch.bfloat16 if torch.bfloat16 in own and has_half_units() else torch.float32
+    device = device_named(options.device)
+    fast = has_half_units() if device == CPU else has_bfloat16(device)
+    return torch.bfloat16 if torch.bfloat16 in own and fast else torch.float32
 
 
 def _data(planned: Plan, options: Options) -> Calibration | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import registry
 from .attention_noise import AttentionNoise
 from .contract import Fact, Pass
+from .device import CPU
 from .edit import Verb
 from .errors import Refused
 from .operand import Stub
@@ -65,7 +66,7 @@ def most_sensitive(
             cheap.append(step.what)
     trial = make_plan(
         plan.program, cheap, scheme=None if all_have_formats(cheap) else plan.scheme, target=plan.target, tp=plan.tp,
-        seed=plan.seed,
+        seed=plan.seed, run=plan.run,
     ).require()  # fmt: skip
     journal = Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report).run()
     noise: dict[str, float] = {}
@@ -110,7 +111,8 @@ def loudest_attentions(
         report(Progress(part.name, part.index, len(plan.program.parts), f"{step.what.name} fallback"))
         return None, noise
 
-    for _ in float_blocks(plan.program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch):
+    device = plan.run.device if plan.run else CPU
+    for _ in float_blocks(plan.program, ids, max(1, MICROBATCH // ids.shape[1]), compute, watch, device):
         pass
     errors = noise.errors()
     return list(

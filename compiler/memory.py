@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from .contract import EXACT, BlockSize, LinearSize
+from .device import CPU
 from .edit import Edit, Verb
 from .execute import parameters_of
 from .operand import Quantize
@@ -68,6 +69,8 @@ class Run:
     """Files of calibration text."""
     tokens: int = MICROBATCH
     """Most tokens that run at once; a sequence is never cut."""
+    device: torch.device = CPU
+    """Where blocks run."""
 
     @property
     def itemsize(self) -> int:

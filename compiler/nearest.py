@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from . import registry
+from .device import CPU
 from .operand import Quantize, Statistic
 from .plan import Plan, make_plan
 from .program import Program
@@ -42,10 +43,11 @@ class Nearest:
         tensors: Mapping[str, Tensor],
         names: Iterable[str],
         statistics: Mapping[Statistic, Tensor],
+        device: torch.device = CPU,
     ) -> tuple[dict[str, QuantizedLinear], dict[str, LinearScheme]]:
-        """Integers and schemes of those linears of a part, on its float32 tensors, that the scheme quantizes."""
+        """Integers and schemes of those linears of a part that the scheme quantizes; all tensors are on ``device``."""
         turned = frozenset(name for name, leaf in self.program.leaves.items() if leaf.transposed)
-        view = BlockView(part, tensors, statistics, torch.float32, 0, transposed=turned)
+        view = BlockView(part, tensors, statistics, torch.float32, 0, device, transposed=turned)
         quantized, schemes = {}, {}
         for name in names:
             if (rewrite := self.rewrites.get(name)) is not None:

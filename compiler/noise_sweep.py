@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .device import CPU, Mirror, moved
 from .evaluate import ROWS
 from .fake_quant import quantized_linears
 from .menu import Place, uniform
@@ -68,6 +69,8 @@ class NoiseSweep:
     """Tokens [n, length]; a sequence runs at a time."""
     compute: torch.dtype
     report: Callable[[Progress], None] = lambda progress: None
+    device: torch.device = CPU
+    """Where blocks run."""
     local: dict[tuple[int, LinearScheme], float] = field(default_factory=dict)
     """Error of a block with one place rounded: number of the place and format."""
     carried: list[_Carried] = field(default_factory=list)
@@ -88,11 +91,11 @@ class NoiseSweep:
         """Take in one part, with its float32 tensors as the passes left them."""
         last = len(self.program.parts) - 1
         if part.index == 0:
-            self.clean = prologue(self.program, tensors, self.ids, 1, self.compute, ())
+            self.clean = prologue(self.program, tensors, self.ids, 1, self.compute, (), self.device)
         elif part.index == last:
-            self._logits(part, cast(tensors, self.compute))
+            self._logits(part, cast(Mirror(tensors, self.device), self.compute))
         else:
-            self._block(part, tensors)
+            self._block(part, Mirror(tensors, self.device))
 
     def costs(self) -> list[list[float]]:
         """Nats per token that each option of each place costs, by the order of the menu."""
@@ -115,7 +118,7 @@ class NoiseSweep:
             (need for n in self.nearest.values() for name in names for need in n.needs(name)), self.peers
         )
         outputs = self._run(self.clean, part, lowered, observers)
-        statistics = observers.results() if observers.wanted else {}
+        statistics = moved(observers.results(), self.device) if observers.wanted else {}
         integers: dict[str, Any] = {}
         schemes: dict[str, LinearScheme] = {}
         for i in here:
@@ -123,7 +126,7 @@ class NoiseSweep:
             for one in place.options:
                 if not one.quantized:
                     continue
-                q, s = self.nearest[one].of(part.name, tensors, place.linears, statistics)
+                q, s = self.nearest[one].of(part.name, tensors, place.linears, statistics, self.device)
                 hook = quantized_linears(q, s, self.compute)
                 self.local[i, one] = error_of(outputs, self._run(self.clean, part, lowered, hook))
                 if part.index in self.carriers and one == next(o for o in place.options if o.quantized):
@@ -143,7 +146,7 @@ class NoiseSweep:
             {name: _between(value, other[name], share**0.5) for name, value in own.items()}
             for own, other in zip(outputs, noisy, strict=True)
         ]
-        stream = Stream((), self.compute, list(self.clean.batches))
+        stream = Stream((), self.compute, list(self.clean.batches), self.device)
         stream.advance(mixed, self.needed[part.index])
         self.carried.append(_Carried(stream, part.index, share, error))
 

@@ -63,7 +63,7 @@ class Vector:
         if self.groups is not None:
             heads = vector.view(self.groups)
             if self.index is not None:
-                heads = heads[:, torch.tensor(self.index)]
+                heads = heads[:, torch.tensor(self.index, device=heads.device)]
             vector = heads.repeat_interleave(self.repeat, dim=0).flatten()
         return 1 / vector if self.inverse else vector
 
@@ -119,7 +119,7 @@ class Hadamard:
             return self._hadamard(y * signs).reshape(x.shape)
         signs, column = centred(signs), first_column(self.order).to(x)
         y = self._hadamard(self._hadamard(y * column) * signs, transposed=True) * column
-        return y[..., permutation_of(self.order, self.seed)].reshape(x.shape)
+        return y[..., permutation_of(self.order, self.seed).to(y.device)].reshape(x.shape)
 
     def times_transposed(self, x: Tensor) -> Tensor:
         """``x @ Qᵀ`` for x of shape [..., width]."""
@@ -128,7 +128,7 @@ class Hadamard:
         if not self.keeps_ones:
             return (self._hadamard(y, transposed=True) * signs).reshape(x.shape)
         signs, column = centred(signs), first_column(self.order).to(x)
-        y = y[..., permutation_of(self.order, self.seed).argsort()]
+        y = y[..., permutation_of(self.order, self.seed).argsort().to(y.device)]
         y = self._hadamard(self._hadamard(y * column) * signs, transposed=True) * column
         return y.reshape(x.shape)
 

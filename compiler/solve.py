@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
+from .device import CPU, Mirror, moved
 from .edit import Verb, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
@@ -90,6 +91,7 @@ class Solver:
         self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
         self.on_step = on_step
         self.microbatch = max(1, (plan.run.tokens if plan.run else MICROBATCH) // ids.shape[1])
+        self.device = plan.run.device if plan.run else CPU
         self.report = report
         self.journal = Journal()
         self.needed = needed_after(plan.program)
@@ -115,7 +117,7 @@ class Solver:
         """Let passes that want to know the whole model first look at it."""
         parts = self.plan.program.parts
         for what, rewrite, measures in survey(
-            self.plan, self.ids, self.microbatch, self.compute,
+            self.plan, self.ids, self.microbatch, self.compute, self.device,
             lambda part: self.report(Progress(part.name, part.index, len(parts), "survey")),
         ):  # fmt: skip
             self.journal.learned(what.name, rewrite.where, measures)
@@ -154,6 +156,8 @@ class _PartSolver:
         self.peers = peers(self.mixtures)
         self.routes: dict[tuple[int, str], Tensor] = {}
         self.tensors = self._load()
+        self.near = Mirror(self.tensors, solver.device)
+        """The tensors where the block runs; proofs and edits are made on the host."""
         self.state = PartState(self.plan.program, self.tensors, self.rowwise, self.quantized, self.schemes)
 
     def _load(self) -> dict[str, Tensor]:
@@ -196,7 +200,7 @@ class _PartSolver:
             view = self._view(work)
             for rewrite in work.rewrites:
                 view.measures, view.curves = {}, {}
-                values = dict(work.step.what.solve(rewrite, view))
+                values = moved(dict(work.step.what.solve(rewrite, view)), CPU)
                 told = Told(view.measures, view.curves)
                 check_values(rewrite, values)
                 if rewrite.claim is EXACT:
@@ -237,7 +241,7 @@ class _PartSolver:
         solver, plan = self.solver, self.plan
         tensors = {**self.tensors, **{name: rows.full for name, rows in self.rowwise.items()}}
         make = lambda: prologue(  # noqa: E731
-            plan.program, tensors, solver.ids, solver.microbatch, solver.compute, plan.bases
+            plan.program, tensors, solver.ids, solver.microbatch, solver.compute, plan.bases, solver.device
         )
         solver.float_stream = make()
         if solver.quantizes_inputs:
@@ -258,17 +262,18 @@ class _PartSolver:
         if wanted:
             observers = Observers(wanted, self.peers)
             self._run_float(work.step, observers)
-            statistics = observers.results()
+            statistics = moved(observers.results(), self.solver.device)
         together = read_together(work.step.program)
         view = BlockView(
             self.part.name,
-            self.tensors,
+            self.near,
             statistics,
             self.plan.dtype,
             self.plan.seed,
+            self.solver.device,
             together=together.__getitem__,
             transposed=frozenset(name for name, leaf in self.plan.program.leaves.items() if leaf.transposed),
-            quantized=self.quantized,
+            quantized=Mirror(self.quantized, self.solver.device),
             schemes=self.schemes,
             planned=self.solver.planned,
             online=self.solver.online,
@@ -287,7 +292,7 @@ class _PartSolver:
         on_value = linear.on_value if isinstance(linear, Observers) else None
         linear = counts or linear
         with torch.no_grad():
-            tensors = cast(self.tensors, self.solver.compute)
+            tensors = cast(self.near, self.solver.compute)
             outputs = [
                 stream.run(
                     i, step.program, self.part, tensors, step.bases, linear, self._keep_routes(i), on_value
@@ -303,13 +308,13 @@ class _PartSolver:
         """Remember where the float model sends the rows of a microbatch: experts are trained on those."""
 
         def route(node: str, own: Tensor, experts: int) -> Tensor:
-            return self.routes.setdefault((index, node), own)
+            return self.routes.setdefault((index, node), own.to(CPU)).to(own.device)
 
         return route
 
     def _routed(self, index: int) -> Route:
         """Rows of a microbatch go where the float model sent them."""
-        return lambda node, own, experts: self.routes[index, node]
+        return lambda node, own, experts: self.routes[index, node].to(own.device)
 
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
@@ -319,18 +324,18 @@ class _PartSolver:
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
         assert outputs is not None
-        hidden, tensors = main_value(outputs[0], self.plan), cast(self.tensors, solver.compute)
+        hidden, tensors = main_value(outputs[0], self.plan), cast(self.near, solver.compute)
         for name in self.schemes_of(step):
-            tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = self.near[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
             route = self._routed(index)
-            return stream.run(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
+            return stream.compute(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
 
         view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
         view.batches = len(stream.batches)
         view.forward = forward
-        view.target = lambda index: outputs[index][hidden]
+        view.target = lambda index: outputs[index][hidden].to(solver.device)
         view.report = lambda text: self._report(f"{step.what.name} {text}")
 
     def schemes_of(self, step: Step) -> list[str]:
@@ -372,8 +377,8 @@ class _PartSolver:
                             if not any(w.rewrites for w in self.work) else self._last_float_step())  # fmt: skip
         assert self.outputs is not None
         if solver.quantized_stream is not None:
-            hook = quantized_linears(self.quantized, self.schemes, solver.compute)
-            tensors = cast({**self.tensors, **self.state.stubs}, solver.compute)
+            hook = quantized_linears(moved(self.quantized, solver.device), self.schemes, solver.compute)
+            tensors = cast({**self.near, **moved(self.state.stubs, solver.device)}, solver.compute)
             quantized = solver.quantized_stream
             with torch.no_grad():
                 results = [

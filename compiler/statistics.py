@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .device import doubled
+
 ROWS = 512
 """Rows that a sample keeps."""
 BINS = 4096
@@ -88,7 +90,7 @@ class Mean(Observed):
 
     def add(self, rows: Tensor) -> None:
         """Take rows in."""
-        self.total = self.total + rows.abs().double().pow(self.power).sum(0)
+        self.total = self.total + doubled(rows.abs()).pow(self.power).sum(0)
         self.count += rows.shape[0]
 
     def join(self, other: Observed) -> None:
@@ -151,17 +153,17 @@ class Histogram(Observed):
 
     def add(self, rows: Tensor) -> None:
         """Take rows in."""
-        flat = rows.detach().flatten().float().cpu()
+        flat = rows.detach().flatten().float()
         if not bool(torch.isfinite(flat).all()):
             self.finite = False
             return
-        self.range = torch.stack(
-            [torch.minimum(self.range[0], flat.amin()), torch.maximum(self.range[1], flat.amax())]
-        )
-        self._fit(float(flat.abs().amax()))
+        low, high = (one.cpu() for one in torch.aminmax(flat))
+        self.range = torch.stack([torch.minimum(self.range[0], low), torch.maximum(self.range[1], high)])
+        self._fit(float(torch.maximum(-low, high)))
         assert self.exponent is not None
-        index = (flat.double() * 2.0**-self.exponent).floor().clamp(-BINS, BINS - 1).long() + BINS
-        self.counts += torch.bincount(index, minlength=2 * BINS)
+        # exact, for the factor is a power of two: only what falls below 1e-38 may change its side of zero
+        index = (flat * 2.0**-self.exponent).floor().clamp(-BINS, BINS - 1).long() + BINS
+        self.counts += torch.bincount(index, minlength=2 * BINS).cpu()
 
     def join(self, other: Observed) -> None:
         """Take in what another one saw."""

@@ -1,4 +1,7 @@
-"""Activations between blocks: microbatches of boundary values, float and quantized, by name."""
+"""Activations between blocks: microbatches of boundary values, float and quantized, by name.
+
+They lie on the host. A microbatch is moved to the device of its stream as it enters a part, and back as it leaves.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from .certificate import back, into
 from .contract import Basis
+from .device import CPU, moved
 from .execute import Observer, Route, execute, inputs_of
 from .program import Part, Program
 from .view import LinearHook
@@ -26,11 +30,16 @@ class Stream:
     bases: tuple[Basis, ...]
     dtype: torch.dtype
     batches: list[Values] = field(default_factory=list)
+    device: torch.device = CPU
+    """Where parts run, but for the prologue."""
 
     def enter(self, index: int, program: Program, part: Part, bases: Sequence[Basis]) -> dict[Any, Any]:
         """The inputs of a part for one microbatch, in the basis of another state of the program."""
         values = self.batches[index]
-        return {node: self.move(node.name, values[node.name], bases) for node in inputs_of(program, part)}
+        return {
+            node: self.move(node.name, moved(values[node.name], self.device), bases)
+            for node in inputs_of(program, part)
+        }
 
     def move(self, name: str, value: Any, bases: Sequence[Basis]) -> Any:
         """A value of this stream in another basis."""
@@ -49,7 +58,15 @@ class Stream:
         self, index: int, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
         linear: LinearHook | None = None, route: Route | None = None, on_value: Observer | None = None,
     ) -> Values:  # fmt: skip
-        """The outputs of a part for one microbatch, settled in this stream's basis."""
+        """The outputs of a part for one microbatch, settled in this stream's basis, on the host."""
+        found = self.compute(index, program, part, tensors, bases, linear, route, on_value)
+        return moved(found, CPU)
+
+    def compute(
+        self, index: int, program: Program, part: Part, tensors: Mapping[str, Tensor], bases: Sequence[Basis],
+        linear: LinearHook | None = None, route: Route | None = None, on_value: Observer | None = None,
+    ) -> Values:  # fmt: skip
+        """The outputs of ``run`` where they were computed, with their gradients."""
         env = self.enter(index, program, part, bases)
         outputs = execute(
             program, part, tensors, env, dtype=self.dtype, linear=linear, route=route, on_value=on_value
@@ -101,10 +118,13 @@ def needed_after(program: Program) -> dict[int, frozenset[str]]:
 
 def prologue(
     program: Program, tensors: Mapping[str, Tensor], ids: Tensor, microbatch: int, dtype: torch.dtype,
-    bases: tuple[Basis, ...],
+    bases: tuple[Basis, ...], device: torch.device = CPU,
 ) -> Stream:  # fmt: skip
-    """Embed token ids [n, length] and compute what all blocks share, in microbatches of sequences."""
-    stream = Stream(bases, dtype)
+    """Embed token ids [n, length] and compute what all blocks share, in microbatches of sequences.
+
+    That is done on the host, for the embedding is large and rows are looked up; ``device`` is where the blocks run.
+    """
+    stream = Stream(bases, dtype, device=device)
     part = program.parts[0]
     names = {node.name: node for node in inputs_of(program, part)}
     for rows in ids.split(microbatch):

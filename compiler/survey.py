@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .contract import Pass, Rewrite
+from .device import CPU, Mirror, moved
 from .execute import Observer
 from .observe import Observers
 from .part_work import cast, own_names
@@ -21,8 +22,9 @@ from .view import BlockView, LinearHook
 
 
 def survey(
-    plan: Plan, ids: Tensor, microbatch: int, compute: torch.dtype, report: Callable[[Part], None]
-) -> Iterator[tuple[Pass, Rewrite, Mapping[str, float]]]:
+    plan: Plan, ids: Tensor, microbatch: int, compute: torch.dtype, device: torch.device,
+    report: Callable[[Part], None],
+) -> Iterator[tuple[Pass, Rewrite, Mapping[str, float]]]:  # fmt: skip
     """Stream the weights once and hand each asking pass one part after another; yields what each concludes.
 
     Args:
@@ -30,6 +32,7 @@ def survey(
         ids: Calibration tokens [n, length].
         microbatch: Sequences that run at once.
         compute: Dtype of the run.
+        device: Where blocks run.
         report: Told of each part as it begins.
 
     Nothing is read where no pass asks (``Pass.surveys``).
@@ -50,9 +53,9 @@ def survey(
         wanted = (one for _, _, needs in asking for one in needs if one.module in inside)
         return kept.setdefault(part.name, Observers(wanted)), None
 
-    for block in float_blocks(plan.program, ids, microbatch, compute, watch):
-        statistics = kept.pop(block.part.name).results()
-        view = BlockView(block.part.name, block.tensors, statistics, plan.dtype, plan.seed)
+    for block in float_blocks(plan.program, ids, microbatch, compute, watch, device):
+        statistics = moved(kept.pop(block.part.name).results(), device)
+        view = BlockView(block.part.name, block.tensors, statistics, plan.dtype, plan.seed, device)
         for what, rewrite, _ in asking:
             what.survey(rewrite, view)
     for what, rewrite, _ in asking:
@@ -73,7 +76,7 @@ class FloatBlock:
 
     part: Part
     tensors: Mapping[str, Tensor]
-    """Float32, by qualified name."""
+    """Float32, by qualified name, where the block runs."""
     run: Run
     outputs: list[Values] = field(default_factory=list)
     """Of the watched run."""
@@ -86,7 +89,7 @@ class FloatBlock:
 
 def float_blocks(
     program: Program, ids: Tensor, microbatch: int, compute: torch.dtype,
-    watch: Callable[[Part], tuple[LinearHook | None, Observer | None]],
+    watch: Callable[[Part], tuple[LinearHook | None, Observer | None]], device: torch.device = CPU,
 ) -> Iterator[FloatBlock]:  # fmt: skip
     """Run block after block over the calibration tokens, each watched; yields each one that ran."""
     needed, stream = needed_after(program), None
@@ -98,10 +101,11 @@ def float_blocks(
             program.source.check_finite(name, tensor)
             tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         if stream is None:
-            stream = prologue(program, tensors, ids, microbatch, compute, ())
+            stream = prologue(program, tensors, ids, microbatch, compute, (), device)
             continue
         linear, on_value = watch(part)
-        block = FloatBlock(part, tensors, _runner(stream, program, part, cast(tensors, compute)))
+        near = Mirror(tensors, device)
+        block = FloatBlock(part, near, _runner(stream, program, part, cast(near, compute)))
         block.outputs = block.run(linear, on_value)
         yield block
         stream.advance(block.outputs, needed[part.index])

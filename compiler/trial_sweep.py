@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import CPU, Mirror, moved
 from .fake_quant import quantized_linears
 from .menu import uniform
 from .nearest import Nearest
@@ -34,6 +35,8 @@ class TrialSweep:
     """Tokens [n, length]."""
     compute: torch.dtype
     report: Callable[[Progress], None] = lambda progress: None
+    device: torch.device = CPU
+    """Where blocks run."""
     divergences: list[float] = field(default_factory=list)
     """KL(float || choice) in nats per token, once the last part has run."""
 
@@ -52,12 +55,13 @@ class TrialSweep:
         if part.index == 0:
             first = prologue(self.program, tensors, self.ids, 1, self.compute, ())
             self.streams = [
-                Stream((), self.compute, list(first.batches)) for _ in range(1 + len(self.choices))
+                Stream((), self.compute, list(first.batches), self.device)
+                for _ in range(1 + len(self.choices))
             ]
         elif part.index == len(self.program.parts) - 1:
-            self._logits(part, cast(tensors, self.compute))
+            self._logits(part, cast(Mirror(tensors, self.device), self.compute))
         else:
-            self._block(part, tensors)
+            self._block(part, Mirror(tensors, self.device))
 
     def _block(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         lowered, needed = cast(tensors, self.compute), self.needed[part.index]
@@ -71,9 +75,10 @@ class TrialSweep:
         )
         observers = Observers(needs, self.peers)
         float_outputs = self._run(self.streams[0], part, lowered, observers)
-        statistics = observers.results() if observers.wanted else {}
+        statistics = moved(observers.results(), self.device) if observers.wanted else {}
         integers = {
-            one: self.nearest[one].of(part.name, tensors, ns, statistics)[0] for one, ns in names.items()
+            one: self.nearest[one].of(part.name, tensors, ns, statistics, self.device)[0]
+            for one, ns in names.items()
         }
         for stream, choice in zip(self.streams[1:], chosen, strict=True):
             mine = {name: one for name, one in choice.items() if one.quantized}

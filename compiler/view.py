@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..runtime.linear import IntegerLinear
 from ..runtime.quantized import QuantizedLinear
+from .device import CPU
 from .operand import Quantize, Statistic
 from .scheme import LinearScheme
 
@@ -27,10 +28,12 @@ class BlockView:
 
     name: str
     tensors: Mapping[str, Tensor]
-    """Float32, by qualified name."""
+    """Float32, by qualified name, on ``device``."""
     statistics: Mapping[Statistic, Tensor]
     export_dtype: torch.dtype
     seed: int
+    device: torch.device = CPU
+    """Where the block runs: all tensors of the view lie there, and what a pass makes beside them has to."""
     together: Callable[[str], tuple[str, ...]] = lambda name: (name,)
     """The linears that read the same value as one of them, itself included."""
     transposed: frozenset[str] = frozenset()
@@ -74,7 +77,10 @@ class BlockView:
         return self.statistics[statistic]
 
     def generator(self, site: str) -> torch.Generator:
-        """Random numbers that depend on (seed, site) alone, not on the order of work."""
+        """Random numbers that depend on (seed, site) alone, not on the order of work nor on the device.
+
+        They are drawn on the host: move what is drawn to ``device``.
+        """
         digest = torch.tensor([ord(c) for c in site], dtype=torch.int64)
         weights = torch.arange(1, len(site) + 1, dtype=torch.int64)
         mixed = int((digest * weights * 2654435761).sum()) & 0x7FFFFFFF

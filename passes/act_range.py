@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..compiler.device import doubled
 from ..compiler.errors import Failed
 from ..compiler.operand import Quantize
 from ..compiler.scheme import Int, LinearScheme
@@ -67,9 +68,9 @@ def clipped_range(histogram: Tensor, act: Int, dtype: torch.dtype) -> tuple[Tens
 
     Source: the L2 search of PyTorch's ``HistogramObserver``, without its assumption of a uniform density.
     """
-    counts, middles = histogram.double()
+    counts, middles = doubled(histogram)
     low, high = middles[0].clamp(max=0), middles[-1].clamp(min=0)
-    shares = torch.linspace(1, 1 / RATIOS, RATIOS, dtype=torch.float64)
+    shares = torch.linspace(1, 1 / RATIOS, RATIOS, dtype=torch.float64, device=counts.device)
 
     def best(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         scale, offset = act_scale(lows, highs, act, dtype)
@@ -88,4 +89,5 @@ def clipped_range(histogram: Tensor, act: Int, dtype: torch.dtype) -> tuple[Tens
         for _ in range(ROUNDS):
             low, high = best(whole[0] * shares, high.expand(RATIOS))
             low, high = best(low.expand(RATIOS), whole[1] * shares)
-    return act_scale(low[None], high[None], act, dtype)
+    scale, offset = act_scale(low[None], high[None], act, dtype)
+    return scale.to(histogram), offset.to(histogram)

@@ -10,6 +10,7 @@ import torch
 
 from ..compiler.adapted import Adapted, Turn
 from ..compiler.contract import Answer, Rewrite, Setting
+from ..compiler.device import CPU
 from ..compiler.operand import Hadamard, Statistic
 from ..compiler.program import Program
 from ..compiler.roles import roles_of
@@ -107,7 +108,8 @@ class AdaptResidual(RotateResidual):
             gain = view.weight(norm) + offset
             bias = view.bias(norm)
             plain = seen if bias is None else seen - bias
-            rows.seen.append(torch.where(gain == 0, 0.0, plain / torch.where(gain == 0, 1.0, gain)))
+            rows.seen.append(torch.where(gain == 0, 0.0, plain / torch.where(gain == 0, 1.0, gain)).cpu())
+            rows.device = view.device
 
     def learn(self, rewrite: Rewrite) -> Mapping[str, float]:
         """Turn the rotation."""
@@ -117,7 +119,9 @@ class AdaptResidual(RotateResidual):
         rotation, rows.matrix = rewrite.basis.rotation, None
         turned = torch.cat([rotation.times(seen) for seen in rows.seen])
         rows.seen.clear()
-        rows.matrix, before, after = adapt(turned, BITS[self.quant_dtype], self.steps, rotation.keeps_ones)
+        rows.matrix, before, after = adapt(
+            turned, BITS[self.quant_dtype], self.steps, rotation.keeps_ones, rows.device
+        )
         return {"rows": float(len(turned)), "error before": before, "error after": after}
 
 
@@ -128,6 +132,8 @@ class _Rows(Turn):
         super().__init__()
         self.norms = norms
         self.seen: list[torch.Tensor] = []
+        """On the host, for there is one of every block."""
+        self.device = CPU
 
 
 def _rows(rewrite: Rewrite) -> _Rows | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiler.device import doubled
+
 ITERATIONS, PRUNING = 20, 15
 """Steps in all, and those in which the mask is still chosen (spec/modelslim.md 2.14)."""
 DAMPING = 0.1
@@ -35,12 +37,12 @@ def admm_prune(weight: Tensor, hessian: Tensor, ratio: float) -> Tensor:
     largest = float(norm.max())
     norm = norm.clamp(min=IDLE * largest) if largest > 0 else torch.ones_like(norm)
     scaled, small = weight * norm, hessian / norm[:, None] / norm
-    damped = small.double()
+    damped = doubled(small)
     damped.diagonal().add_(DAMPING * damped.diagonal().mean() if largest > 0 else 1.0)
     rho = damped.diagonal().mean()
-    target = (scaled.double() @ damped).float()
+    target = (scaled.to(damped) @ damped).to(scaled)
     damped.diagonal().add_(rho)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(scaled)
     protected = _largest(scaled.abs(), PROTECTED)
     now, multiplier = scaled, torch.zeros_like(scaled)
     mask = torch.ones_like(scaled, dtype=torch.bool)

@@ -35,8 +35,10 @@ class Affine:
     """For factors that stay orthogonal: what is trained in their place, [a, a] and [b, b]; see ``cayley``."""
     log_diagonal: Tensor | None = None
     spread: Callable[[Tensor], Tensor] = lambda diagonal: diagonal
-    clip: Tensor = field(default_factory=lambda: torch.full((1,), KEPT))
     weight_clip: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clip = torch.full((1,), KEPT, device=self.left.device)
 
     def parameters(self) -> list[Tensor]:
         """What moves at the plain rate."""
@@ -87,7 +89,7 @@ def cayley(free: Tensor) -> Tensor:
 
     Source: the Cayley transform, as SpinQuant (arXiv 2405.16406) learns rotations along it.
     """
-    skew, one = free - free.T, torch.eye(len(free), dtype=free.dtype)
+    skew, one = free - free.T, torch.eye(len(free), dtype=free.dtype, device=free.device)
     return torch.linalg.solve(one + skew, one - skew)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiler.device import doubled
 from ..runtime.quantize import qmax
 
 BLOCK = 32
@@ -54,7 +55,11 @@ def gptq(
     high = qmax(bits)
     width = weight.shape[1]
     diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(width, device=weight.device)
+    )
     back = torch.argsort(order)
     columns = weight.T[order].contiguous()  # [in, out]: a column of the weight is a row here
     scales = scale.repeat_interleave(width // scale.shape[1], dim=1).T[order].contiguous()
@@ -62,7 +67,7 @@ def gptq(
     if offset is not None:
         offsets = offset.repeat_interleave(width // offset.shape[1], dim=1).T[order].contiguous()
     masks = None if outliers is None else outliers.T[order].contiguous()
-    upper = inverse_factor(hessian[order][:, order].double(), damping).float()
+    upper = inverse_factor(doubled(hessian[order][:, order]), damping).to(hessian)
     integers = torch.empty_like(columns)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -107,4 +112,4 @@ def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(hessian.isfinite().all()):
         raise ValueError("its inputs are not finite, or too large for their squares")
-    return inverse_factor(hessian.double(), damping).square().sum(0).float()
+    return inverse_factor(doubled(hessian), damping).square().sum(0).to(hessian)

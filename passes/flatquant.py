@@ -204,13 +204,14 @@ class FlatQuant(Pass):
                 operand.left, operand.right, operand.seed, operand.dtype, operand.copies,
                 random=not (has_hadamard(operand.left) and has_hadamard(operand.right)),
             )  # fmt: skip
-            left, right = (factor.float().clone() for factor in stored_factors(described))
+            factors = stored_factors(described)
+            left, right = (factor.float().to(view.device, copy=True) for factor in factors)
             one = found[operand] = Affine(left, right, operand.dtype, schemes)
             if self.factors == "orthogonal":
                 one.skew = (torch.zeros_like(left), torch.zeros_like(right))
             vector = scaled.get(first)
             if vector is not None:
-                one.log_diagonal = torch.zeros(vector.slot.shape)
+                one.log_diagonal = torch.zeros(vector.slot.shape, device=view.device)
                 one.spread = _spread(vector)
             for name, scheme in schemes.items():
                 assert scheme.weight is not None

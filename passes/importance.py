@@ -53,7 +53,7 @@ def token_importance(view: BlockView, names: Collection[str], where: str) -> lis
         with torch.enable_grad():
             got = view.forward(hook, index).float()
             size = view.target(index).float().square().mean(-1, keepdim=True).clamp(min=SMALLEST).sqrt()
-            probe = torch.randn(got.shape, generator=generator) / size
+            probe = torch.randn(got.shape, generator=generator).to(got) / size
             grads = torch.autograd.grad(got, list(outputs.values()), probe)
         pairs = zip(outputs, grads, strict=True)
         found.append({name: grad.float().square().sum(-1).flatten() for name, grad in pairs})

@@ -82,7 +82,7 @@ class OutlierChannels(Pass):
         largest = view.statistic(slot.needs[0])
         found = int((largest >= self.threshold).sum())
         used = min(found, slot.shape[0])
-        index = torch.full(slot.shape, -1, dtype=torch.int32)
+        index = torch.full(slot.shape, -1, dtype=torch.int32, device=view.device)
         index[:used] = largest.topk(used).indices.sort().values.to(torch.int32)
         view.measures |= {"outlier channels": found, "in float": used}
         return {slot: index}

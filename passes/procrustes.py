@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compiler.device import CPU, doubled
 from ..runtime.quantize import qmax
 
 SMALLEST = 1e-5
@@ -41,33 +42,36 @@ def nearest_rotation(product: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def adapt(rows: Tensor, bits: int, steps: int, keeps_ones: bool = False) -> tuple[Tensor, float, float]:
+def adapt(
+    rows: Tensor, bits: int, steps: int, keeps_ones: bool = False, device: torch.device = CPU
+) -> tuple[Tensor, float, float]:
     """The rotation R [n, n] that brings rows A [m, n] nearest to their own grid, float64; the error before and after.
 
     Repeats ``R <- R · polar((A R)ᵀ Q(A R))``, and keeps the R of least ``|| A R - Q(A R) ||``, the identity included.
     The error is relative to ``|| A ||``.
 
     Args:
-        rows: [m, n] float32.
+        rows: [m, n] float32, on the host.
         bits: Of the grid, one scale per row.
         steps: Most turns; it ends after five without improvement.
         keeps_ones: Keep R · 1 = 1, for norms that subtract the mean.
+        device: Where rows are turned and rounded, some at a time; R comes back to the host.
 
     Source: ``adapt_rotation`` of the reference tool (spec/modelslim.md 2.11), an orthogonal Procrustes iteration.
     """
     size = float(rows.double().square().sum().sqrt())
     width = rows.shape[1]
-    turn = best = torch.eye(width, dtype=torch.float64)
+    turn = best = doubled(torch.eye(width, device=device))
     start = least = torch.inf
     waited = 0
     for step in range(steps + 1):
-        product, error = torch.zeros(width, width, dtype=torch.float64), 0.0
-        small = turn.to(rows)
+        product, error = torch.zeros_like(turn), 0.0
+        small = turn.to(device, rows.dtype)
         for chunk in rows.split(CHUNK):
-            turned = chunk @ small
+            turned = chunk.to(device) @ small
             wanted = rounded(turned, bits)
-            error += float((turned - wanted).double().square().sum())
-            product += (turned.T @ wanted).double()
+            error += float(doubled(turned - wanted).square().sum())
+            product += (turned.T @ wanted).to(product)
         error = error**0.5 / max(size, torch.finfo(torch.float32).tiny)
         start = error if step == 0 else start
         waited = 0 if error < least else waited + 1
@@ -79,4 +83,4 @@ def adapt(rows: Tensor, bits: int, steps: int, keeps_ones: bool = False) -> tupl
             product -= product.mean(0, keepdim=True)
             product -= product.mean(1, keepdim=True)
         turn = turn @ nearest_rotation(product)
-    return best, start, least
+    return best.cpu(), start, least

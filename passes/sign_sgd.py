@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compiler.device import doubled
 from ..runtime.quantize import qmax, round_scale
 from .losses import Losses
 
@@ -25,9 +26,9 @@ JUDGED = 5
 def preconditioner(hessian: Tensor) -> Tensor:
     """``(H / mean diag(H) + DAMPING · I)⁻¹`` [in, in], float32, from the Hessian of a linear's inputs [in, in]."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damped = (hessian / mean).double()
+    damped = doubled(hessian / mean)
     damped.diagonal().add_(DAMPING)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(hessian)
 
 
 @dataclass

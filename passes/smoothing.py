@@ -259,7 +259,9 @@ def unabsorbed(program: Program) -> Iterable[Place]:
 
 def ordered(channels_last: Tensor, site: Site) -> Tensor:
     """Something per input channel of a module, channels last, in the order of the match's channels."""
-    return channels_last if site.channels is None else channels_last[..., torch.tensor(site.channels)]
+    if site.channels is None:
+        return channels_last
+    return channels_last[..., torch.tensor(site.channels, device=channels_last.device)]
 
 
 def _why(setting: Setting, taken: tuple[Pattern[Any], ...], rewrites: Iterable[Rewrite]) -> str:
