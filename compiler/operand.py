@@ -63,7 +63,7 @@ class Vector:
         if self.groups is not None:
             heads = vector.view(self.groups)
             if self.index is not None:
-                heads = heads[:, torch.tensor(self.index, device=heads.device)]
+                heads = heads[:, torch.tensor(self.index).to(heads.device)]
             vector = heads.repeat_interleave(self.repeat, dim=0).flatten()
         return 1 / vector if self.inverse else vector
 

@@ -113,7 +113,7 @@ class KvSmooth(Pass):
         largest = view.statistic(slot.needs[0]).view(-1, len(vector.index))
         if len(largest) != heads:
             largest = largest.amax(0, keepdim=True)
-        index = torch.tensor(vector.index, device=view.device).expand(heads, -1)
+        index = torch.tensor(vector.index).to(view.device).expand(heads, -1)
         found = largest.new_zeros(heads, entries).scatter_reduce(1, index, largest, "amax")
         return {slot: torch.where(found > 0, found**self.smooth_factor, 1.0).flatten()}
 

@@ -261,7 +261,7 @@ def ordered(channels_last: Tensor, site: Site) -> Tensor:
     """Something per input channel of a module, channels last, in the order of the match's channels."""
     if site.channels is None:
         return channels_last
-    return channels_last[..., torch.tensor(site.channels, device=channels_last.device)]
+    return channels_last[..., torch.tensor(site.channels).to(channels_last.device)]
 
 
 def _why(setting: Setting, taken: tuple[Pattern[Any], ...], rewrites: Iterable[Rewrite]) -> str:

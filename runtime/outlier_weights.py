@@ -24,12 +24,16 @@ def to_csr(mask: Tensor, weight: Tensor) -> dict[str, Tensor]:
     return dict(zip(CSR, (start, columns.to(_index(mask.shape[1])), weight[rows, columns]), strict=True))
 
 
+def places(start: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column of every value, int64 [count] each."""
+    counts = start.long().diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=start.device), counts), columns.long()
+
+
 def sparse(start: Tensor, columns: Tensor, values: Tensor, in_features: int) -> Tensor:
     """The sparse matrix [out, in], float32, coalesced COO."""
-    counts = start.long().diff()
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=start.device), counts)
     return torch.sparse_coo_tensor(
-        torch.stack([rows, columns.long()]), values.float(), (len(counts), in_features), is_coalesced=True,
+        torch.stack(places(start, columns)), values.float(), (len(start) - 1, in_features), is_coalesced=True,
         check_invariants=True,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .outlier_weights import CSR, sparse
+from .outlier_weights import CSR, places
 from .quantize import dequantize
 
 
@@ -47,5 +47,6 @@ class QuantizedLinear:
         """The weight that the integers stand for, single weights in float among them, float32 [out, in]."""
         dense = dequantize(self.weight, self.scale, self.offset)
         if CSR[0] in self.beside:
-            dense = dense + sparse(*(self.beside[leaf] for leaf in CSR), in_features=dense.shape[1])
+            start, columns, values = (self.beside[leaf] for leaf in CSR)
+            dense = dense.index_put(places(start, columns), values.float(), accumulate=True)
         return dense

@@ -8,8 +8,7 @@ host is refused too. Tensors of the device have no ``numpy``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -79,6 +78,8 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     there = kwargs.get("device")
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*inner_args, **inner_kwargs)
+    if any(isinstance(one, OnDevice) and one.shape != one.inner.shape for one in given):
+        raise NotImplementedError(f"{name} gave a tensor of {NAME} another shape, which it can not take")
     if there is not None and torch.device(there).type == "cpu":
         return found
     if name == "aten::copy_" and not isinstance(args[0], OnDevice):
@@ -86,6 +87,10 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     if name.endswith("_") and args and isinstance(args[0], OnDevice) and found is args[0].inner:
         return args[0]
     return tree_map(_outer, found)
+
+
+def _computed_of(func: Any, *args: Any, **kwargs: Any) -> Any:
+    return _computed(func, args, kwargs)
 
 
 def _inner(one: Any) -> Any:
@@ -127,13 +132,21 @@ class _Backend:
         """It draws nothing."""
 
 
-_library = torch.library.Library("_", "IMPL")
+RESIZING = ("arange", "eye", "randperm")
+"""Ops that PyTorch makes of an empty tensor, which gets its size later: here they run whole."""
+_every = torch.library.Library("_", "IMPL")
+_aten = torch.library.Library("aten", "IMPL")
 
 
 @cache
 def simulated() -> torch.device:
     """The device, which PyTorch knows from here on in this process."""
     _setup_privateuseone_for_python_backend(NAME.partition(":")[0], backend_module=_Backend())
-    fallback: Callable[..., Any] = lambda func, *args, **kwargs: _computed(func, args, kwargs)  # noqa: E731
-    _library.fallback(fallback, "PrivateUse1")
+    _every.fallback(_computed_of, "PrivateUse1")
+    for name in RESIZING:
+        op = getattr(torch.ops.aten, name)
+        for overload in op.overloads():
+            if "out" not in overload and overload != "names":
+                one = getattr(op, overload)
+                _aten.impl(one, partial(_computed_of, one), "PrivateUse1")
     return torch.device(NAME)
