@@ -21,8 +21,8 @@ from .certify import vocabulary
 from .choose import check_asked, chosen
 from .clock import Clock
 from .contract import Pass
-from .cost import cost_of
-from .device import CPU, device_named, has_bfloat16
+from .cost import Cost, cost_of
+from .device import CPU, device_named, has_bfloat16, peak_on
 from .errors import Failed, NotEquivalent, Refused
 from .export import (
     RUN,
@@ -35,7 +35,7 @@ from .half_linear import has_half_units
 from .journal import Journal
 from .load import load_tokenizer
 from .memory import Run
-from .memory_limit import fitted, limit_of
+from .memory_limit import fitted, limits_of
 from .named import named
 from .plan import Plan, make_plan
 from .program import Program
@@ -93,7 +93,7 @@ class Options:
     timings: bool = False
     """Let the report tell of this run too: its seconds, its memory, its host."""
     max_memory: str | None = None
-    """Most resident memory of the compile, such as ``cpu=8GiB``: fewer tokens run at once where that is needed."""
+    """Most memory of the compile, such as ``cpu=8GiB,cuda:0=4GiB``: fewer tokens run at once where that is needed."""
     recipe: Path | None = None
     """The file that the passes were read from; the output depends on it."""
 
@@ -101,7 +101,7 @@ class Options:
         level(self.fallback)
         check_asked(self.avg_bits, self.max_kl, self.choose_from)
         if self.max_memory is not None:
-            limit_of(self.max_memory)
+            limits_of(self.max_memory, device_named(self.device))
         if self.chooses and (self.scheme is not None or level(self.fallback)):
             other = f"--fallback {self.fallback}" if self.scheme is None else "--scheme"
             raise Refused(f"{other}: the formats are chosen by --avg-bits or --max-kl; leave one of them out")
@@ -163,7 +163,7 @@ def plan(
 
     planned = _chosen(program, planned_in, options, report) if options.chooses else planned_in(options.scheme)
     if options.max_memory is not None:
-        planned = fitted(planned, limit_of(options.max_memory))
+        planned = fitted(planned, limits_of(options.max_memory, device_named(options.device)))
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
     return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
 
@@ -256,7 +256,7 @@ def compile(
                 planned, options.fallback, data.tokens, compute_dtype(planned.program, options),
                 lambda passes: plan(planned.program, passes, again).require(), report,
             )  # fmt: skip
-    estimate = cost_of(planned).peak_bytes
+    estimate = cost_of(planned)
     proved_first = prove_on_twin(planned)
     layout = planned.layout
     output.check(layout.nbytes)
@@ -272,9 +272,9 @@ def compile(
 
 def _work(
     planned: Plan, data: Calibration | None, proved: Any, output: Output, options: Options,
-    clock: Clock, estimate: int | None,
+    clock: Clock, estimate: Cost,
 ) -> Journal:  # fmt: skip
-    """Solve the plan and write the whole output; ``estimate`` is what peak memory was thought to be."""
+    """Solve the plan and write the whole output; ``estimate`` holds what peak memory was thought to be."""
     layout = planned.layout
     with output, _own_random_state():
         stem = planned.target.stem(layout)
@@ -290,7 +290,8 @@ def _work(
         run = {
             "seconds": round(clock.stop(), 2),
             "stages": {stage: round(spent, 2) for stage, spent in clock.stages.items()},
-            "peak_memory_bytes": peak(), "estimated_peak_memory_bytes": estimate,
+            "peak_memory_bytes": peak(), "estimated_peak_memory_bytes": estimate.peak_bytes,
+            **_accelerator(planned, estimate),
             "host": platform.node(), "threads": torch.get_num_threads(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "removed": list(output.removed),
@@ -299,6 +300,17 @@ def _work(
         check_taken(planned.target, output.path, planned.tp, options.trust_remote_code)
         write_json(output.path / RUN, run)
     return journal
+
+
+def _accelerator(planned: Plan, estimate: Cost) -> dict[str, Any]:
+    """The device that blocks ran on besides the host, and its memory."""
+    if estimate.accelerator is None or planned.run is None:
+        return {}
+    device, thought = estimate.accelerator
+    return {
+        "device": device, "device_peak_memory_bytes": peak_on(planned.run.device),
+        "estimated_device_peak_memory_bytes": thought,
+    }  # fmt: skip
 
 
 def _paths(model: Model | Program) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from .memory import peak_of
+from .memory import device_peak_of, peak_of
 from .plan import Plan
 from .scheme import FLOAT, LinearScheme
 from .targets.served import sites_of
@@ -28,6 +28,8 @@ class Cost:
     """Times the checkpoint is streamed."""
     peak_bytes: int | None
     """Estimated peak resident memory of the compile; None where nobody said how calibration runs."""
+    accelerator: tuple[str, int] | None
+    """The device that blocks run on besides the host, and the estimated peak of its memory."""
     tp_sizes: tuple[int, ...]
     """Tensor-parallel ranks for which the result loads, as the target says; empty where it does not say."""
     schemes: tuple[tuple[str, int], ...]
@@ -43,7 +45,12 @@ class Cost:
             ("sweeps", str(self.sweeps)),
         ]
         if self.peak_bytes is not None:
-            rows.append(("peak memory", f"about {size(self.peak_bytes)}"))
+            more = (
+                ""
+                if self.accelerator is None
+                else f", about {size(self.accelerator[1])} on {self.accelerator[0]}"
+            )
+            rows.append(("peak memory", f"about {size(self.peak_bytes)}{more}"))
         if self.tp_sizes:
             rows.append(("tensor parallel", ", ".join(map(str, self.tp_sizes))))
         return rows
@@ -53,6 +60,7 @@ class Cost:
         return {
             "bits_per_weight": round(self.bits_per_weight, 4), "disk_bytes": self.disk_bytes,
             "device_bytes": self.device_bytes, "sweeps": self.sweeps, "peak_bytes": self.peak_bytes,
+            "accelerator": None if self.accelerator is None else dict([self.accelerator]),
             "tp_sizes": list(self.tp_sizes), "schemes": dict(self.schemes),
         }  # fmt: skip
 
@@ -118,6 +126,13 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
         device_bytes=max(disk - packed, 0),
         sweeps=sweeps_of(plan),
         peak_bytes=peak_of(plan, plan.run) if peak and plan.run is not None else None,
+        accelerator=_accelerator(plan) if peak else None,
         tp_sizes=plan.target.tp_sizes_of(plan),
         schemes=tuple(schemes.items()),
     )
+
+
+def _accelerator(plan: Plan) -> tuple[str, int] | None:
+    """The device of the plan's blocks and its estimate; None where that is the host or nothing runs."""
+    there = 0 if plan.run is None else device_peak_of(plan, plan.run)
+    return (str(plan.run.device), there) if plan.run is not None and there else None

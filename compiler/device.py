@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .errors import Refused
+from .errors import Failed, Refused
 
 T = TypeVar("T")
 
@@ -98,6 +99,36 @@ def has_bfloat16(device: torch.device) -> bool:
         return float((x @ x)[0, 0]) == 2.0
     except (RuntimeError, TypeError, NotImplementedError):
         return False
+
+
+@contextmanager
+def explained(device: torch.device, what: str) -> Iterator[None]:
+    """Say what to do where a device has no memory left, or where a tensor of the host is mixed with its tensors.
+
+    Raises:
+        Failed: In the place of PyTorch's error; ``what`` was being worked on.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if device != CPU and (isinstance(error, torch.OutOfMemoryError) or "out of memory" in said):
+            raise Failed(
+                f"{what}: {device} has no memory left ({said}). Give --max-memory {device}=SIZE with what is free"
+                " there, fewer --samples or a smaller --length, or leave --device out"
+            ) from error
+        if device != CPU and ("same device" in said or "device type" in said):
+            raise Failed(
+                f"{what}: it mixes tensors of the host with those of {device} ({said}). A pass makes its tensors with"
+                " device=view.device; until it does, leave --device out"
+            ) from error
+        raise
+
+
+def peak_on(device: torch.device) -> int:
+    """The most bytes that PyTorch held of a device so far; 0 of the host, and where its backend does not say."""
+    told = None if device == CPU else getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0 if told is None else int(told(device))
 
 
 def doubled(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Peak memory of a compile, estimated from shapes before any weight is read.
+"""Peak memory of a compile, on the host and where blocks run, estimated from shapes before any weight is read.
 
 The process at the end of the plan is measured (VmRSS: imports, captured graph); what comes on top is added up.
 B is the parameters of a part, L its largest linear, T all calibration tokens, t those of a microbatch, H and W the
@@ -16,12 +16,14 @@ advance    float32 weights, their cast, integers and the weights they stand for,
 tables     embedding and head as stored, and once more cast for the prologue or finished for the export
 ========== =====================================================================================================
 
-The largest of the phases of the largest part counts, times a factor for what the allocator leaves unused.
+The largest of the phases of the largest part counts, times a factor for what the allocator leaves unused. On a device
+of its own a block has its float32 weights once more, their cast, activations and what a pass says of itself; the host
+keeps the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -53,6 +55,8 @@ EDITED = 32
 """Bytes per weight of a linear while its edits are computed in float64: itself, a product, its copies."""
 PROOF_TOKENS = 128
 FLOAT32, FLOAT64 = 4, 8
+CONTEXT = 2**29
+"""What the driver's context and kernels take of an accelerator, about."""
 WITHOUT_DATA = ("load", "prove", "apply", "round")
 """Phases of a block in which no calibration token runs; in the others the block's outputs are held too."""
 
@@ -86,6 +90,14 @@ class Run:
         return f"{self.samples} x {self.length} tokens in {str(self.compute).removeprefix('torch.')}"
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What a phase of a block holds: weights and the values between blocks, and what runs."""
+
+    host: int
+    run: int = 0
+
+
 def peak_of(plan: Plan, run: Run, process: int | None = None) -> int:
     """Estimated peak resident memory in bytes; ``process`` is what is resident now (measured by default)."""
     sizes = _Sizes(plan, run)
@@ -95,8 +107,26 @@ def peak_of(plan: Plan, run: Run, process: int | None = None) -> int:
     return estimate if process is not None else max(estimate, peak())
 
 
+def device_peak_of(plan: Plan, run: Run) -> int:
+    """Estimated peak memory in bytes of the device that blocks run on; 0 where that is the host."""
+    if run.device == CPU or not plan.needs_data:
+        return 0
+    sizes = _Sizes(plan, run)
+    return CONTEXT + int(UNUSED * max(sizes.near(part, phase) for part, phase, _ in sizes.running()))
+
+
+def largest_there(plan: Plan, run: Run) -> tuple[str, int]:
+    """What takes most of the peak of the device, in words, and its bytes."""
+    sizes = _Sizes(plan, run)
+    part, name, most = max(
+        ((part.name, name, sizes.near(part, phase)) for part, phase, name in sizes.running()),
+        key=lambda one: one[2],
+    )
+    return f"{part}, to {name}", most
+
+
 def largest_of(plan: Plan, run: Run) -> tuple[str, int]:
-    """What takes most of the peak, in words, and its bytes."""
+    """What takes most of the peak of the host, in words, and its bytes."""
     sizes = _Sizes(plan, run)
     found = {"the process before any weight is read": resident() + KERNELS}
     if plan.needs_data:
@@ -106,9 +136,9 @@ def largest_of(plan: Plan, run: Run) -> tuple[str, int]:
         if part.kind < 0:
             found[part.name] = sizes.ends(part)
         else:
-            for phase, size in sizes.phases(part).items():
-                outputs = 0 if phase in WITHOUT_DATA else sizes.stream()
-                found[f"{part.name}, to {phase}"] = size - outputs
+            for name, phase in sizes.phases(part).items():
+                outputs = 0 if name in WITHOUT_DATA else sizes.stream()
+                found[f"{part.name}, to {name}"] = sizes.here(phase) - outputs
     name = max(found, key=lambda one: found[one])
     return name, found[name]
 
@@ -219,10 +249,30 @@ class _Sizes:
         return total + largest
 
     def block(self, part: Part) -> int:
-        """The largest phase of a block."""
-        return max(self.phases(part).values())
+        """The largest phase of a block on the host."""
+        return max(self.here(phase) for phase in self.phases(part).values())
 
-    def phases(self, part: Part) -> dict[str, int]:
+    def here(self, phase: Phase) -> int:
+        """What a phase holds on the host."""
+        return phase.host + (phase.run if self.run.device == CPU else 0)
+
+    def near(self, part: Part, phase: Phase) -> int:
+        """What a phase holds on the device: the weights once more, and what runs."""
+        return self.weights(part) + phase.run
+
+    def running(self) -> Iterator[tuple[Part, Phase, str]]:
+        """The phases in which blocks run, with their names."""
+        for part in self.program.blocks:
+            for name, phase in self.phases(part).items():
+                if phase.run:
+                    yield part, phase, name
+
+    def weights(self, part: Part) -> int:
+        """Of a part, as float32."""
+        names = parameters_of(self.program, part)
+        return FLOAT32 * sum(prod(self.program.source.shape(name)) for name in names)
+
+    def phases(self, part: Part) -> dict[str, Phase]:
         """What each phase of a block holds, by what it does."""
         run, names = self.run, parameters_of(self.program, part)
         source = self.program.source
@@ -240,20 +290,25 @@ class _Sizes:
         working = EDITED * max(edited, default=0)
         quantized = sum(s.out * s.width for s in linears if s.scheme is not None)
         phases = {
-            "load": stored + held,
-            "prove": held + working + PROOF_TOKENS * FLOAT64 * size.activations,
-            "apply": held + FLOAT32 * self.touched.get(part.index, 0) + working,
-            "round": held + quantized + 2 * FLOAT64 * max((s.out * s.width for s in linears), default=0),
+            "load": Phase(stored + held),
+            "prove": Phase(held + working + PROOF_TOKENS * FLOAT64 * size.activations),
+            "apply": Phase(held + FLOAT32 * self.touched.get(part.index, 0) + working),
+            "round": Phase(
+                held + quantized + 2 * FLOAT64 * max((s.out * s.width for s in linears), default=0)
+            ),
         }
         if self.plan.needs_data:
-            running = held + cast + self.stream()
+            kept = held + self.stream()
             activations = run.itemsize * self.run.microbatch * size.activations
-            phases["observe"] = running + activations
+            phases["observe"] = Phase(kept, cast + activations)
             phases |= {
-                f"solve {step.what.name}": running + step.what.working_bytes(size) for step in self.plan.steps
+                f"solve {step.what.name}": Phase(kept, cast + step.what.working_bytes(size))
+                for step in self.plan.steps
             }
             if self.streams() > self.stream():
-                phases["advance"] = running + self.stream() + activations + quantized * (1 + run.itemsize)
+                phases["advance"] = Phase(
+                    kept + self.stream(), cast + activations + quantized * (1 + run.itemsize)
+                )
         return phases
 
     def linears(self, part: Part) -> tuple[LinearSize, ...]:

@@ -3,57 +3,75 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+
 from .cost import size
+from .device import CPU
 from .errors import Refused
-from .memory import largest_of, peak_of
+from .memory import Run, device_peak_of, largest_of, largest_there, peak_of
 from .plan import Plan
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def limit_of(text: str) -> int:
-    """Bytes of ``cpu=8GiB``, or of ``8GiB``.
+def limits_of(text: str, device: torch.device = CPU) -> dict[torch.device, int]:
+    """Bytes by device of ``cpu=8GiB,cuda:0=4GiB``; a size without a device is that of the host.
 
     Raises:
-        Refused: A device other than the cpu, on which blocks are solved; a size that is none.
+        Refused: A device on which nothing runs, one that is given twice, a size that is none.
     """
-    limit = 0
+    limits: dict[torch.device, int] = {}
     for word in text.split(","):
-        device, _, amount = word.rpartition("=")
-        if device.strip() not in ("", "cpu"):
-            raise Refused(f"--max-memory {word.strip()}: blocks are solved on the cpu; give cpu=8GiB")
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", amount.strip())
+        name, _, amount = (one.strip() for one in word.rpartition("="))
+        names = {"": CPU, "cpu": CPU, str(device): device, device.type: device}
+        if name not in names:
+            raise Refused(
+                f"--max-memory {word.strip()}: no block runs on {name}; blocks run on {device}"
+                + (f": give --device {name} too, or cpu=8GiB" if device == CPU else "")
+            )
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", amount)
         if match is None or match[2] not in UNITS or float(match[1]) <= 0:
             raise Refused(
                 f"--max-memory {text}: give a size with its unit ({', '.join(filter(None, UNITS))}), such as cpu=8GiB"
             )
-        limit = int(float(match[1]) * UNITS[match[2]])
-    return limit
+        if names[name] in limits:
+            raise Refused(f"--max-memory {text}: it says twice how much of {names[name]} may be used")
+        limits[names[name]] = int(float(match[1]) * UNITS[match[2]])
+    return limits
 
 
-def fitted(plan: Plan, limit: int) -> Plan:
-    """The plan with as many tokens at once as fit within ``limit`` bytes of resident memory.
+def fitted(plan: Plan, limits: Mapping[torch.device, int]) -> Plan:
+    """The plan with as many tokens at once as fit within the limits: resident memory, and memory of the device.
 
-    Where one sequence at a time is too much, the plan gets a problem that names the largest item. Smaller microbatches
-    change the last bits of results: sums are taken in another order.
+    Where one sequence at a time is too much, the plan gets a problem per device that names the largest item. Smaller
+    microbatches change the last bits of results: sums are taken in another order.
     """
     run = plan.run
     assert run is not None
-    tokens = run.tokens
-    while peak_of(plan, replace(run, tokens=tokens)) > limit and tokens > run.length:
-        tokens //= 2
-    tried = replace(run, tokens=tokens)
-    needed = peak_of(plan, tried)
-    if needed <= limit:
-        return plan if tokens == run.tokens else replace(plan, run=tried)
-    name, most = largest_of(plan, tried)
-    why = (
-        f"--max-memory {size(limit)}: about {size(needed)} are needed with one sequence at a time; the largest item"
-        f" is {name}, {size(most)}. {_advice(name)}"
-    )
-    return replace(plan, run=tried, problems=(*plan.problems, why))
+    tried = run
+    while _over(plan, tried, limits) and tried.tokens > run.length:
+        tried = replace(tried, tokens=tried.tokens // 2)
+    over = _over(plan, tried, limits)
+    if not over:
+        return plan if tried == run else replace(plan, run=tried)
+    problems = []
+    for device, needed in over.items():
+        name, most = (largest_of if device == CPU else largest_there)(plan, tried)
+        where = "" if device == CPU else f"{device}="
+        problems.append(
+            f"--max-memory {where}{size(limits[device])}: about {size(needed)} are needed with one sequence at a time;"
+            f" the largest item is {name}, {size(most)}. {_advice(name)}"
+        )
+    return replace(plan, run=tried, problems=(*plan.problems, *problems))
+
+
+def _over(plan: Plan, run: Run, limits: Mapping[torch.device, int]) -> dict[torch.device, int]:
+    """The estimates that are above their limits."""
+    needed = {device: (peak_of if device == CPU else device_peak_of)(plan, run) for device in limits}
+    return {device: most for device, most in needed.items() if most > limits[device]}
 
 
 def _advice(name: str) -> str:

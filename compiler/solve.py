@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..runtime.quantized import QuantizedLinear
 from .contract import EXACT, Rewrite
-from .device import CPU, Mirror, moved
+from .device import CPU, Mirror, explained, moved
 from .edit import Verb, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
@@ -108,7 +108,8 @@ class Solver:
         self._survey()
         for part in parts:
             self.report(Progress(part.name, part.index, len(parts), "load"))
-            _PartSolver(self, part).run()
+            with explained(self.device, part.name):
+                _PartSolver(self, part).run()
             release()
         self._pass_on()
         return self.journal
@@ -200,7 +201,8 @@ class _PartSolver:
             view = self._view(work)
             for rewrite in work.rewrites:
                 view.measures, view.curves = {}, {}
-                values = moved(dict(work.step.what.solve(rewrite, view)), CPU)
+                with explained(view.device, f"{work.step.what.name} at {rewrite.where}"):
+                    values = moved(dict(work.step.what.solve(rewrite, view)), CPU)
                 told = Told(view.measures, view.curves)
                 check_values(rewrite, values)
                 if rewrite.claim is EXACT:

@@ -8,6 +8,7 @@ host is refused too. Tensors of the device have no ``numpy``.
 
 from __future__ import annotations
 
+import weakref
 from functools import cache, partial
 from typing import Any
 
@@ -19,6 +20,32 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 NAME = "sim:0"
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::_copy_from", "aten::set_")
 """Ops that go from one side to the other."""
+
+
+class Memory:
+    """Bytes of the storages that tensors of the device hold; what an op needs inside is not counted."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, list[int]] = {}
+        """Address to how many tensors hold it, and its bytes."""
+        self.now = self.most = 0
+
+    def took(self, address: int, size: int) -> None:
+        """A tensor was made."""
+        if address not in self.held:
+            self.held[address] = [0, size]
+            self.now += size
+            self.most = max(self.most, self.now)
+        self.held[address][0] += 1
+
+    def left(self, address: int) -> None:
+        """A tensor is gone."""
+        self.held[address][0] -= 1
+        if not self.held[address][0]:
+            self.now -= self.held.pop(address)[1]
+
+
+memory = Memory()
 
 
 class OnDevice(Tensor):
@@ -33,6 +60,9 @@ class OnDevice(Tensor):
             device=torch.device(NAME), requires_grad=False,
         )  # fmt: skip
         made.inner = inner
+        storage = inner.untyped_storage()
+        memory.took(storage.data_ptr(), storage.nbytes())
+        weakref.finalize(made, memory.left, storage.data_ptr())
         return made
 
     def __init__(self, inner: Tensor) -> None:
@@ -124,6 +154,9 @@ class _Backend:
 
     def is_bf16_supported(self) -> bool:
         return True
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return memory.most
 
     def _is_in_bad_fork(self) -> bool:
         return False

@@ -11,9 +11,10 @@ import torch
 
 import qc.compiler.memory as memory
 from qc.compiler.compile import Options, compile
+from qc.compiler.device import CPU
 from qc.compiler.errors import Refused
 from qc.compiler.memory import Run, peak_of
-from qc.compiler.memory_limit import fitted, limit_of
+from qc.compiler.memory_limit import fitted, limits_of
 from qc.compiler.plan import Plan
 from tests.homes import SAMPLES, Home
 from tests.plans import planned
@@ -34,11 +35,11 @@ def plan_with(run: Run) -> Plan:
 
 
 def test_sizes_are_read() -> None:
-    assert limit_of("8GiB") == limit_of("cpu=8GiB") == 8 * 2**30
-    assert limit_of("cpu = 1.5 GB") == 1_500_000_000
+    assert limits_of("8GiB") == limits_of("cpu=8GiB") == {CPU: 8 * 2**30}
+    assert limits_of("cpu = 1.5 GB") == {CPU: 1_500_000_000}
     for text in ("cuda:0=8GiB", "8 lots", "", "cpu=", "0GiB"):
         with pytest.raises(Refused, match="--max-memory"):
-            limit_of(text)
+            limits_of(text)
 
 
 def test_microbatches_shrink_until_the_estimate_fits() -> None:
@@ -46,8 +47,8 @@ def test_microbatches_shrink_until_the_estimate_fits() -> None:
     least = peak_of(whole, replace(LONG, tokens=16))
     most = peak_of(whole, LONG)
     assert least < most
-    assert fitted(whole, most).run == LONG
-    between = fitted(whole, (least + most) // 2)
+    assert fitted(whole, {CPU: most}).run == LONG
+    between = fitted(whole, {CPU: (least + most) // 2})
     assert not between.problems
     assert between.run is not None
     assert 16 <= between.run.tokens < LONG.tokens
@@ -55,11 +56,11 @@ def test_microbatches_shrink_until_the_estimate_fits() -> None:
 
 
 def test_too_little_names_the_largest_item() -> None:
-    (problem,) = fitted(plan_with(LONG), 1000).problems
+    (problem,) = fitted(plan_with(LONG), {CPU: 1000}).problems
     assert "with one sequence at a time" in problem
     assert "the largest item is model.layers." in problem
     many = replace(LONG, samples=100_000)
-    (problem,) = fitted(plan_with(many), 1000).problems
+    (problem,) = fitted(plan_with(many), {CPU: 1000}).problems
     assert "the values between blocks, of all calibration tokens" in problem
     assert "fewer --samples" in problem
 
