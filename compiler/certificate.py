@@ -20,6 +20,7 @@ from .edit import Edit, apply, by_module
 from .errors import NotEquivalent
 from .execute import execute, in_turn, inputs_of
 from .operand import Slot
+from .pieces import rounded
 from .program import Part, Program
 from .view import LinearHook
 
@@ -55,15 +56,17 @@ class Edited(Mapping[str, Tensor]):
         if module not in self.edits:
             return self.base[name].to(self.dtype)
         if self._last[0] != module:
+            self.forget()
             new = apply(self.program, module, self.edits[module], self.values, self.base.get, self.dtype)
             if self.rounded is not None:
-                new = {
-                    key: value.to(self.rounded).to(self.dtype) if value.is_floating_point() else value
-                    for key, value in new.items()
-                }
+                new = {k: rounded(v, self.rounded) if v.is_floating_point() else v for k, v in new.items()}
             self._last = (module, new)
         found = self._last[1].get(local)  # not every tensor of a module belongs to what is edited
         return self.base[name].to(self.dtype) if found is None else found
+
+    def forget(self) -> None:
+        """Let the module that is kept go."""
+        self._last = ("", {})
 
     def __contains__(self, name: object) -> bool:
         try:
@@ -71,6 +74,23 @@ class Edited(Mapping[str, Tensor]):
         except KeyError:
             return False
         return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+
+class Cast(Mapping[str, Tensor]):
+    """Tensors with the values that ``dtype`` holds, float64, made when they are looked up; others as they are."""
+
+    def __init__(self, base: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.base, self.dtype = base, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.base[name]
+        return found.to(self.dtype).double() if found.is_floating_point() else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.base)

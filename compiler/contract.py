@@ -131,6 +131,8 @@ class BlockSize:
     """Width of the residual stream."""
     calibration: int = 0
     """Tokens of all microbatches."""
+    recompute: bool = False
+    """Whether a training makes the weights on their grids again in its backward pass (``BlockView.recompute``)."""
 
     @property
     def walked(self) -> int:

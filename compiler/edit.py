@@ -37,6 +37,7 @@ from .operand import (
     factors_of,
 )
 from .pattern import Site
+from .pieces import on_pieces, runs
 from .program import Leaf, Program
 
 
@@ -113,19 +114,26 @@ def apply(
 ) -> dict[str, Tensor]:
     """The tensors of ``module`` after ``edits``, by local name, computed in ``dtype``.
 
-    ``get`` gives the state before. Nothing is changed in place. SWAP, STUB and UNTIE do not change numbers.
+    ``get`` gives the state before. Nothing of it is changed in place; the weight of a large linear is copied once and
+    then edited in pieces. SWAP, STUB and UNTIE do not change numbers.
     """
     leaf = program.leaves[module]
     tensors = {
-        name: tensor.to(dtype) for name in leaf.parameters if (tensor := get(f"{module}.{name}")) is not None
-    }
+        name: tensor.to(dtype, copy=True)
+        for name in leaf.parameters if (tensor := get(f"{module}.{name}")) is not None
+    }  # fmt: skip
     bias = get(f"{module}.bias")
     if bias is not None:
         tensors["bias"] = bias.to(dtype)
     if leaf.transposed and "weight" in tensors:
         tensors["weight"] = tensors["weight"].T
-    for edit in edits:
-        VERBS[edit.verb](leaf, tensors, edit, values, get, dtype)
+    for axis, some in runs(edits, lambda edit: AXES.get(edit.verb) if leaf.kind == "linear" else None):
+
+        def change(tensors: Tensors, some: list[Edit] = some) -> None:
+            for edit in some:
+                VERBS[edit.verb](leaf, tensors, edit, values, get, dtype)
+
+        on_pieces(tensors, axis, change)
     if leaf.transposed and "weight" in tensors:
         tensors["weight"] = tensors["weight"].T
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -281,6 +289,12 @@ VERBS = {
     Verb.DIVIDE: _divide, Verb.BRANCH: _branch, Verb.SET_WEIGHT: _set_weight,
     Verb.SWAP: _nothing, Verb.STUB: _nothing, Verb.UNTIE: _nothing,
 }  # fmt: skip
+
+AXES = {
+    Verb.SCALE_IN: 0, Verb.SHIFT_IN: 0, Verb.ROTATE_IN: 0, Verb.WRAP: 0, Verb.DIVIDE: 0,
+    Verb.SCALE_OUT: 1, Verb.ROTATE_OUT: 1,
+}  # fmt: skip
+"""Verbs that treat each row (0) or each column (1) of the weight of a linear by itself."""
 
 
 def _index(site: Site) -> Tensor | None:

@@ -8,8 +8,8 @@ width of the residual stream and of the widest linear, c the bytes of the dtype 
 process    VmRSS at plan time; tokenizer (12 bytes per byte of its file) and text; kernels that run for the first time
 streams    c·T·H of boundary values, once in float, once more where later blocks see quantized inputs
 load       B as stored and as float32
-prove      float32 weights; 32·L for one linear edited in float64; 64 + 64 proof tokens in float64
-apply      float32 weights, those that one rewrite changes twice, and 32·L
+prove      float32 weights; one linear edited in float64, 12·L and 20 per weight of a piece; 128 proof tokens in float64
+apply      float32 weights, those that one rewrite changes twice, and one linear edited
 observe    float32 weights, their cast to c, the outputs c·T·H, activations c·t·(4·W + 8·H)
 solve      the same, without the activations, and what the pass says of itself (``Pass.working_bytes``)
 advance    float32 weights, their cast, integers and the weights they stand for, outputs of both streams
@@ -36,6 +36,7 @@ from .device import CPU
 from .edit import Edit, Verb
 from .execute import parameters_of
 from .operand import Quantize
+from .pieces import PIECE
 from .plan import Plan
 from .program import Part
 from .resident import peak, resident
@@ -51,14 +52,19 @@ TEXT = 40
 """Bytes per byte of calibration text while it is tokenized."""
 UNUSED = 1.2
 """Share of freed memory between blocks in use that the allocator can not give to others."""
-EDITED = 32
-"""Bytes per weight of a linear while its edits are computed in float64: itself, a product, its copies."""
+EDITED, CUT = 12, 20
+"""Bytes per weight of a linear that is edited in float64 (itself, its float32), and of a piece (products, copies)."""
 PROOF_TOKENS = 128
 FLOAT32, FLOAT64 = 4, 8
 CONTEXT = 2**29
 """What the driver's context and kernels take of an accelerator, about."""
 WITHOUT_DATA = ("load", "prove", "apply", "round")
 """Phases of a block in which no calibration token runs; in the others the block's outputs are held too."""
+
+
+def edit_bytes(count: int) -> int:
+    """What editing a linear of so many weights takes, on top of its float32."""
+    return EDITED * count + CUT * min(count, PIECE)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Run:
     """Most tokens that run at once; a sequence is never cut."""
     device: torch.device = CPU
     """Where blocks run."""
+    recompute: bool = False
+    """Whether trainings make weights on their grids again in the backward pass, instead of keeping how they came."""
 
     @property
     def itemsize(self) -> int:
@@ -240,7 +248,7 @@ class _Sizes:
             meta = torch.empty(source.shape(name), device="meta")
             if leaf is None or not is_rowwise(leaf, name, meta, edits):
                 total += (stored + FLOAT32) * count
-                largest = max(largest, EDITED * count if edits else 0)
+                largest = max(largest, edit_bytes(count) if edits else 0)
                 continue
             finished = export.itemsize if edits or source.dtype(name) != export else 0
             runs = part.index == 0 and self.plan.needs_data and source.dtype(name) != self.run.compute
@@ -281,13 +289,13 @@ class _Sizes:
         stored = sum(source.dtype(name).itemsize * count for name, count in weights.items())
         cast = 0 if run.itemsize == FLOAT32 else run.itemsize * sum(weights.values())
         linears = self.linears(part)
-        size = BlockSize(linears, self.run.microbatch, run.itemsize, self.hidden, self.tokens)
+        size = BlockSize(linears, run.microbatch, run.itemsize, self.hidden, self.tokens, run.recompute)
         edited = [
             self.count(s.name)
             for s in linears
             if any(e.verb is not Verb.SWAP for e in self.edits.get(s.name, ()))
         ]
-        working = EDITED * max(edited, default=0)
+        working = edit_bytes(max(edited, default=0))
         quantized = sum(s.out * s.width for s in linears if s.scheme is not None)
         phases = {
             "load": Phase(stored + held),

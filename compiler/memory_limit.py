@@ -1,4 +1,4 @@
-"""A limit on memory: smaller microbatches until the estimate fits, or a refusal that names the largest item."""
+"""A limit on memory: linears and tokens in pieces until the estimate fits, or a refusal that names the largest item."""
 
 from __future__ import annotations
 
@@ -44,19 +44,22 @@ def limits_of(text: str, device: torch.device = CPU) -> dict[torch.device, int]:
 
 
 def fitted(plan: Plan, limits: Mapping[torch.device, int]) -> Plan:
-    """The plan with as many tokens at once as fit within the limits: resident memory, and memory of the device.
+    """The plan cut into pieces until it fits within the limits: resident memory, and memory of the device.
 
-    Where one sequence at a time is too much, the plan gets a problem per device that names the largest item. Smaller
-    microbatches change the last bits of results: sums are taken in another order.
+    First a training keeps how weights came onto their grids for one linear at a time, which changes no number; then
+    fewer tokens run at once, which changes the last bits: sums are taken in another order. Where one sequence at a time
+    is too much, the plan gets a problem per device that names the largest item.
     """
     run = plan.run
     assert run is not None
-    tried = run
+    over, again = _over(plan, run, limits), replace(run, recompute=True)
+    helps = any(_peak(plan, again, device) < most for device, most in over.items())
+    tried = again if helps else run
     while _over(plan, tried, limits) and tried.tokens > run.length:
         tried = replace(tried, tokens=tried.tokens // 2)
     over = _over(plan, tried, limits)
     if not over:
-        return plan if tried == run else replace(plan, run=tried)
+        return plan if tried == run else replace(plan, run=tried, notes=(*plan.notes, _told(run, tried)))
     problems = []
     for device, needed in over.items():
         name, most = (largest_of if device == CPU else largest_there)(plan, tried)
@@ -68,10 +71,21 @@ def fitted(plan: Plan, limits: Mapping[torch.device, int]) -> Plan:
     return replace(plan, run=tried, problems=(*plan.problems, *problems))
 
 
+def _told(run: Run, tried: Run) -> str:
+    """What is done to keep to the limits."""
+    done = ["trainings make their weights again in the backward pass"] if tried.recompute else []
+    done += [f"{tried.microbatch} tokens run at once"] if tried.microbatch != run.microbatch else []
+    return f"--max-memory: {' and '.join(done)}"
+
+
 def _over(plan: Plan, run: Run, limits: Mapping[torch.device, int]) -> dict[torch.device, int]:
     """The estimates that are above their limits."""
-    needed = {device: (peak_of if device == CPU else device_peak_of)(plan, run) for device in limits}
+    needed = {device: _peak(plan, run, device) for device in limits}
     return {device: most for device, most in needed.items() if most > limits[device]}
+
+
+def _peak(plan: Plan, run: Run, device: torch.device) -> int:
+    return peak_of(plan, run) if device == CPU else device_peak_of(plan, run)
 
 
 def _advice(name: str) -> str:

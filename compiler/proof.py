@@ -12,7 +12,7 @@ from torch import Tensor
 from ..runtime.divided import LEAF
 from ..runtime.outlier_channels import CHANNELS
 from ..runtime.quantized import QuantizedLinear
-from .certificate import Certificate, Edited, check, error, outcome, random_rows
+from .certificate import Cast, Certificate, Edited, check, error, outcome, random_rows
 from .contract import Basis, Rewrite
 from .errors import NotEquivalent
 from .incremental import Values
@@ -119,16 +119,20 @@ class Prover:
         where, again = f"{rewrite.pass_name} at {rewrite.where} ({part.name})", f"--passes up to {step.what}"
         if rewrite.basis is not None:  # every value of the part is another one
             math = error(proved.current, outcome(program, part, exact, self.env, bases), self.env)
+            exact.forget()
             self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
             stored = error(proved.current, outcome(program, part, cast, self.env, bases), self.env)
+            cast.forget()
             proved.current, proved.values = outcome(program, part, kept, self.env, bases), None
             return Certificate(math, stored, self.ids.numel())
         if proved.values is None or proved.values.program is not program:
             proved.values = Values(program, part, Edited(program, base, (), {}), self.env, bases)
         now = proved.values
         math = error(proved.current, now.results(now.changed(rewrite.modules, exact)), self.env)
+        exact.forget()
         self._check(where, math, again, Evidence(part, step, rewrite, tensors, values, self.env, math))
         stored = error(proved.current, now.results(now.changed(rewrite.modules, cast)), self.env)
+        cast.forget()
         now.values |= now.changed(rewrite.modules, kept)
         proved.current = now.results()
         return Certificate(math, stored, self.ids.numel())
@@ -144,7 +148,7 @@ class Prover:
     def stored(self, proved: Proved, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> float:
         """Error of a part with all its rewrites and its tensors cast to the dtype of export, against the original."""
         program, part = self.plan.final, proved.part
-        cast = {name: t.to(dtype).double() if t.is_floating_point() else t for name, t in tensors.items()}
+        cast = Cast(tensors, dtype)
         return error(proved.original, outcome(program, part, cast, self.env, self.plan.bases), self.env)
 
     def measure(

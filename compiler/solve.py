@@ -280,6 +280,7 @@ class _PartSolver:
             planned=self.solver.planned,
             online=self.solver.online,
             formats=self.plan.formats,
+            recompute=self.plan.run is not None and self.plan.run.recompute,
         )
         if work.step.what.needs_training:
             self._training(view, work.step)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..runtime.linear import IntegerLinear
 from ..runtime.quantized import QuantizedLinear
@@ -56,6 +57,8 @@ class BlockView:
     """A new walk over the block on its training inputs, for what linears read one after another."""
     target: Callable[[int], Tensor] | None = None
     """What the float block computes for microbatch i, [batch, seq, hidden]."""
+    recompute: bool = False
+    """Whether memory is short, so that a training makes the weights on their grids again in its backward pass."""
     report: Callable[[str], None] = lambda text: None
     """Progress inside a long solve, one line."""
     measures: dict[str, float] = field(default_factory=dict)
@@ -75,6 +78,15 @@ class BlockView:
     def statistic(self, statistic: Statistic) -> Tensor:
         """What was observed, float32; its shape is that of its kind, see ``compiler.statistics``."""
         return self.statistics[statistic]
+
+    def made(self, weight: Callable[[], Tensor]) -> Tensor:
+        """What ``weight`` makes of what is trained, differentiable.
+
+        Where memory is short, what it makes on the way is made again in the backward pass; the numbers are the same.
+        """
+        if not self.recompute:
+            return weight()
+        return checkpoint(weight, use_reentrant=False, preserve_rng_state=False)
 
     def generator(self, site: str) -> torch.Generator:
         """Random numbers that depend on (seed, site) alone, not on the order of work nor on the device.

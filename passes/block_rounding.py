@@ -245,7 +245,7 @@ class BlockRounding:
     def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear in its present state: trained, started, or still float."""
         if self.training and name in self.roundings:
-            weight = self.roundings[name].fake()
+            weight = self.view.made(self.roundings[name].fake)
         elif name in self.weights:
             weight = self.weights[name]
         on_grids = name in self.weights and (self.quantized_act or not self.training)

@@ -88,12 +88,17 @@ class FlatQuant(Pass):
         return True
 
     def working_bytes(self, block: BlockSize) -> int:
-        """A step holds each weight folded, divided, rounded, cut and its gradients, and what a backward pass reads."""
+        """A step holds each weight folded, divided, rounded, cut and its gradients, and what a backward pass reads.
+
+        Where weights are made again, it holds those of the widest linear, and of the others what is multiplied.
+        """
         mine = [one for one in block.linears if one.scheme is not None and _flat(one.scheme)]
         if not mine:
             return 0
         channels = sum(3 * one.width + one.out for one in mine) + block.activations
-        return 32 * sum(one.out * one.width for one in mine) + 2 * block.tokens * block.itemsize * channels
+        sizes = [one.out * one.width for one in mine]
+        made = block.itemsize * sum(sizes) + 32 * max(sizes) if block.recompute else 32 * sum(sizes)
+        return made + 2 * block.tokens * block.itemsize * channels
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
         """The linears of the blocks."""
@@ -161,7 +166,8 @@ class FlatQuant(Pass):
         def hook(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             if name in of:
                 one, scheme = of[name], of[name].readers[name]
-                x, weight = one.act(x, scheme), one.weight(name, view.weight(name), scheme)
+                x, own = one.act(x, scheme), view.weight(name)
+                weight = view.made(lambda: one.weight(name, own, scheme))
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
         indices = list(range(view.batches))
