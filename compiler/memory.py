@@ -123,6 +123,11 @@ def device_peak_of(plan: Plan, run: Run) -> int:
     return CONTEXT + int(UNUSED * max(sizes.near(part, phase) for part, phase, _ in sizes.running()))
 
 
+def phases_of(plan: Plan, run: Run, part: Part) -> dict[str, int]:
+    """Bytes that each phase of a block holds, all in one place."""
+    return {name: phase.host + phase.run for name, phase in _Sizes(plan, run).phases(part).items()}
+
+
 def largest_there(plan: Plan, run: Run) -> tuple[str, int]:
     """What takes most of the peak of the device, in words, and its bytes."""
     sizes = _Sizes(plan, run)

@@ -87,8 +87,8 @@ class AutoRound(Pass):
         Per learned weight training keeps 16 bytes (what the start rounded, offsets, momentum, the best state) and a
         step 32 (the graph that fakes the weight, gradients, a new state): of one linear at a time where weights are
         made again, and of the others the gradient and what is multiplied. Per token a backward pass reads inputs and
-        outputs of all linears from the first learned one on. Per entry of a Hessian GPTQ takes 44 bytes (itself, its
-        inverse and factors in float64), of which the preconditioner keeps 4 for training.
+        outputs of all linears from the first learned one on. Per entry of a Hessian GPTQ takes 24 bytes (itself, in its
+        order, two of its factors and its inverse in float64), of which the preconditioner keeps 4 for training.
         """
         mine = [one for one in block.linears if one.scheme is not None and one.scheme.weight is not None]
         dense = 5 * sum(one.out * one.width for one in mine)
@@ -100,7 +100,7 @@ class AutoRound(Pass):
         after = block.linears[block.linears.index(learned[0]) :]
         channels = sum(one.width + one.out for one in after) + block.activations
         backward = block.tokens * block.itemsize * channels
-        start = 44 * max(hessians) + 24 * max(sizes)
+        start = 24 * max(hessians) + 24 * max(sizes)
         trained = self.training.moves
         made = (4 + block.itemsize) * sum(sizes) + 32 * max(sizes) if block.recompute else 32 * sum(sizes)
         step = made + backward if trained else 0

@@ -67,7 +67,7 @@ def gptq(
     if offset is not None:
         offsets = offset.repeat_interleave(width // offset.shape[1], dim=1).T[order].contiguous()
     masks = None if outliers is None else outliers.T[order].contiguous()
-    upper = inverse_factor(doubled(hessian[order][:, order]), damping).to(hessian)
+    upper = inverse_factor(hessian[order][:, order], damping).to(hessian)
     integers = torch.empty_like(columns)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
@@ -90,17 +90,18 @@ def gptq(
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of ``(H + λ I)⁻¹`` [n, n], float64; λ is ``damping`` mean diagonals, or more if needed.
 
-    ValueError where no damping gives one.
+    Two matrices in float64 are held at a time, and H. ValueError where no damping gives a factor.
     """
-    mean = float(hessian.diagonal().mean())
+    mean = float(doubled(hessian.diagonal()).mean())
     while damping <= MOST_DAMPING:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = doubled(hessian).clone()
+        matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(upper.isfinite().all()):
-                return upper
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            if not failed and bool(matrix.isfinite().all()):
+                return matrix
         damping *= 10
     raise ValueError("the Hessian of its inputs can not be factored, with however much damping")
 
@@ -112,4 +113,4 @@ def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(hessian.isfinite().all()):
         raise ValueError("its inputs are not finite, or too large for their squares")
-    return inverse_factor(doubled(hessian), damping).square().sum(0).to(hessian)
+    return inverse_factor(hessian, damping).square().sum(0).to(hessian)

@@ -81,14 +81,14 @@ class Gptq(Pass):
     def working_bytes(self, block: BlockSize) -> int:
         """Dense and integer weights; then the larger of a backward pass for the weights of tokens and one search.
 
-        Per entry of a Hessian 44 bytes: itself, its inverse and its factors in float64.
+        Per entry of a Hessian 24 bytes: itself, in its order, and two of its factors and its inverse in float64.
         """
         mine = [one for one in block.linears if one.scheme is not None and one.scheme.weight is not None]
         if not mine:
             return 0
         channels = sum(one.width + one.out for one in block.linears) + block.activations
         backward = block.tokens * block.itemsize * channels if self.weighted else 0
-        search = 44 * max(one.width**2 for one in mine) + 24 * max(one.out * one.width for one in mine)
+        search = 24 * max(one.width**2 for one in mine) + 24 * max(one.out * one.width for one in mine)
         return 5 * sum(one.out * one.width for one in mine) + max(backward, search + block.walked)
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:

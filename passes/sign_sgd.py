@@ -26,9 +26,10 @@ JUDGED = 5
 def preconditioner(hessian: Tensor) -> Tensor:
     """``(H / mean diag(H) + DAMPING · I)⁻¹`` [in, in], float32, from the Hessian of a linear's inputs [in, in]."""
     mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    damped = doubled(hessian / mean)
-    damped.diagonal().add_(DAMPING)
-    return torch.cholesky_inverse(torch.linalg.cholesky(damped)).to(hessian)
+    matrix = doubled(hessian / mean)
+    matrix.diagonal().add_(DAMPING)
+    matrix = torch.linalg.cholesky(matrix)
+    return torch.cholesky_inverse(matrix).to(hessian)
 
 
 @dataclass

@@ -88,7 +88,7 @@ def compile(
         samples: Calibration windows.
         length: Tokens per window.
         seed: Of everything random.
-        device: Where blocks are solved.
+        device: Where blocks run, such as ``"cuda:0"``; weights and the values between blocks stay on the host.
         dtype: Dtype of calibration runs: ``auto`` (the checkpoint's), ``bfloat16``, ``float32``.
         force: Replace ``out`` when it exists.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
@@ -99,7 +99,7 @@ def compile(
             chosen is ``result.plan.choice``.
         max_kl: Instead of a scheme: the formats of fewest bits within so many nats per token.
         choose_from: Formats to choose among, such as ``"w4a4,w8a8,float"``.
-        max_memory: Most resident memory, such as ``"cpu=8GiB"``.
+        max_memory: Most memory, such as ``"cpu=8GiB"`` or ``"cpu=8GiB,cuda:0=4GiB"``.
         report: Called with the progress.
 
     Raises:

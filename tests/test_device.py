@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ PASSES = {
     "quarot_online,linear_quant": "w4a4",
 }
 """Passes and the scheme that they are compiled in; together they hold every pass that has something to solve."""
-LEARNED = {"iter_smooth,flatquant{iters=2},gptq": "w4a4"}
+LEARNED = {"iter_smooth,flatquant{iters=2},linear_quant": "w4a4"}
 """Where gradients that come together by several ways are added in another order, and the last bits are others."""
 
 
@@ -98,11 +99,12 @@ def compiled(tmp_path: Path) -> Compile:
     """Compile a program on a device into a directory of its own."""
     text = tmp_path / "calibration.txt"
     text.write_text(TEXT * 8, encoding="utf-8")
+    number = count()
 
     def run(program: Program, passes: Any, device: str = "cpu", **options: Any) -> Result:
         given = {"samples": 6, "length": 24, "dtype": "float32", "target": "modelslim"} | options
         chosen = Options(calib=(text,), tokenizer=character_tokenizer(), device=device, **given)
-        return compile(program, passes, tmp_path / device.replace(":", "-"), chosen)
+        return compile(program, passes, tmp_path / f"{device.replace(':', '-')}-{next(number)}", chosen)
 
     return run
 
@@ -134,7 +136,7 @@ def test_files_are_those_of_the_host_byte_for_byte(compiled: Compile, passes: st
 @pytest.mark.broad
 @pytest.mark.parametrize(("passes", "scheme"), LEARNED.items())
 def test_learned_transforms_differ_in_the_last_bits(compiled: Compile, passes: str, scheme: str) -> None:
-    same(compiled(llama(), passes, scheme=scheme), compiled(llama(), passes, NAME, scheme=scheme), 2e-3)
+    same(compiled(llama(), passes, scheme=scheme), compiled(llama(), passes, NAME, scheme=scheme), 1e-4)
 
 
 @pytest.mark.broad
@@ -231,7 +233,7 @@ class Careful(Careless):
 def test_a_pass_that_mixes_is_told_so(compiled: Compile, tmp_path: Path) -> None:
     with pytest.raises(Failed, match=r"careless at .*input_layernorm: it mixes .* device=view.device"):
         compiled(llama(), [Careless(), "linear_quant"], NAME, scheme="w8a8")
-    assert not (tmp_path / "sim-0").exists()
+    assert not list(tmp_path.glob("sim-0-*"))
     same(*(compiled(llama(), [Careful(), "linear_quant"], device, scheme="w8a8") for device in ("cpu", NAME)))
 
 

@@ -61,10 +61,12 @@ def solve_options(command: argparse.ArgumentParser, samples: int, counted: str) 
     )
     command.add_argument(
         "--max-memory", metavar="SIZE",
-        help="most resident memory, such as cpu=8GiB: fewer tokens run at once, or the plan says what is too large",
+        help="most memory, such as cpu=8GiB,cuda:0=4GiB: work is cut into pieces, or the plan says what is too large",
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--device", default="cpu")
+    command.add_argument(
+        "--device", default="cpu", help="where blocks run: cpu, cuda:0, npu:0, mps, ... (default cpu)"
+    )
     command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
 
