@@ -80,7 +80,10 @@ def test_what_runs_lies_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("passes", ["flatquant,linear_quant", "autoround{iters=2}"])
-def test_a_training_makes_weights_again_before_anything_else_is_cut(passes: str) -> None:
+def test_a_training_makes_weights_again_before_anything_else_is_cut(
+    passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PROOF_TOKENS", 0)
     wide = Run(samples=1, length=2, compute=torch.float32)
     plan = replace(planned("llama-128", passes, scheme="w4a4", target="modelslim"), run=wide)
     most, least = peak_of(plan, wide), peak_of(plan, replace(wide, recompute=True))
