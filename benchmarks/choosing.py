@@ -1,8 +1,8 @@
 """Choosing formats: measured error against simpler rules at the same bits per weight, on SmolLM2-135M.
 
 ``python -m benchmarks.choosing [--bits B ...] [--fallback K ...] [--passes P]`` compiles the model once per rule and
-budget and prints perplexity and divergence on the evaluation text. The rules share the budget, the passes, the places (q, k, v together;
-gate and up together) and the two formats W4A4 and W8A8:
+budget and prints perplexity and divergence on the evaluation text. The rules share the budget, the passes, the places
+(q, k, v together; gate and up together) and the two formats W4A4 and W8A8:
 
 - ``chosen``: ``--avg-bits B``;
 - ``kurtosis``: W8A8 for the places whose inputs have the highest kurtosis, as many as the budget pays;
