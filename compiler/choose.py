@@ -19,7 +19,6 @@ from torch import Tensor
 from . import registry
 from .allocation import Curve, curve
 from .contract import Fact
-from .device import CPU
 from .edit import Verb
 from .errors import Refused
 from .menu import DEFAULT, Menu, formats_of, menu_of
@@ -130,15 +129,14 @@ def choose(
     ids = ids[: max(1, TOKENS // ids.shape[1])]
     trial = _trial(planned(_scheme(menu, [_lowest(place.options) for place in menu.places])))
     program = trial.steps[-1].program
-    device = trial.run.device if trial.run else CPU
-    noise = NoiseSweep(program, menu.places, ids, compute, report, device)
+    noise = NoiseSweep(program, menu.places, ids, compute, report, trial.device)
     Solver(trial, ids, _nowhere, compute=compute, report=report, watch=noise).run()
     costs = noise.costs()
     found = curve([place.bits for place in menu.places], costs)
 
     def measure(points: Sequence[int]) -> dict[int, float]:
         choices = [_schemes(menu, found.picks(point)) for point in points]
-        sweep = TrialSweep(program, choices, ids, compute, report, device)
+        sweep = TrialSweep(program, choices, ids, compute, report, trial.device)
         Solver(trial, ids, _nowhere, compute=compute, report=report, watch=sweep).run()
         return dict(zip(points, sweep.divergences, strict=True))
 

@@ -83,7 +83,7 @@ class Options:
     calibrate_all_experts: bool = False
     """Every expert sees every calibration token, instead of those that are routed to it."""
     fallback: str = "L0"
-    """``Lk``: the k places whose rounding is loudest on the calibration data stay float."""
+    """``Lk``: the k places whose rounding costs most on the calibration data stay float."""
     avg_bits: float | None = None
     """Choose the formats: those of least divergence within so many bits per weight."""
     max_kl: float | None = None
@@ -304,11 +304,11 @@ def _work(
 
 def _accelerator(planned: Plan, estimate: Cost) -> dict[str, Any]:
     """The device that blocks ran on besides the host, and its memory."""
-    if estimate.accelerator is None or planned.run is None:
+    if estimate.accelerator is None:
         return {}
     device, thought = estimate.accelerator
     return {
-        "device": device, "device_peak_memory_bytes": peak_on(planned.run.device),
+        "device": device, "device_peak_memory_bytes": peak_on(planned.device),
         "estimated_device_peak_memory_bytes": thought,
     }  # fmt: skip
 

@@ -135,4 +135,4 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
 def _accelerator(plan: Plan) -> tuple[str, int] | None:
     """The device of the plan's blocks and its estimate; None where that is the host or nothing runs."""
     there = 0 if plan.run is None else device_peak_of(plan, plan.run)
-    return (str(plan.run.device), there) if plan.run is not None and there else None
+    return (str(plan.device), there) if there else None

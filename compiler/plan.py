@@ -12,6 +12,7 @@ import torch
 
 from . import registry
 from .contract import EXACT, LOSSY, Answer, Basis, Fact, Pass, Setting
+from .device import CPU
 from .errors import Refused
 from .experts import ROUTED
 from .globs import unused_globs, unused_rules
@@ -66,6 +67,11 @@ class Plan:
     """How calibration runs, where somebody said so: peak memory depends on it."""
     choice: Choice | None = None
     """How its formats were chosen, where they were."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return CPU if self.run is None else self.run.device
 
     @property
     def needs_data(self) -> bool:

@@ -91,7 +91,7 @@ class Solver:
         self.plan, self.ids, self.sink, self.compute, self.watch = plan, ids, sink, compute, watch
         self.on_step = on_step
         self.microbatch = max(1, (plan.run.tokens if plan.run else MICROBATCH) // ids.shape[1])
-        self.device = plan.run.device if plan.run else CPU
+        self.device = plan.device
         self.report = report
         self.journal = Journal()
         self.needed = needed_after(plan.program)
