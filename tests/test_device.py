@@ -77,8 +77,8 @@ def experts() -> Program:
     """One block with a mixture."""
     return model(
         Qwen3MoeConfig(
-            **GQA | {"num_hidden_layers": 1}, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
-            decoder_sparse_step=1, head_dim=16,
+            **GQA | {"num_hidden_layers": 1, "head_dim": 16}, moe_intermediate_size=32, num_experts=4,
+            num_experts_per_tok=2, decoder_sparse_step=1,
         )
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def compiled(tmp_path: Path) -> Compile:
     return run
 
 
-def same(left: Result, right: Result, tolerance: float = 0.0) -> None:
+def same(left: Result, right: Result, *, tolerance: float = 0.0) -> None:
     """The files of both hold the same bytes, or numbers that are as near as ``tolerance`` says."""
     ours, theirs = tensors_of(left.path), tensors_of(right.path)
     assert ours.keys() == theirs.keys()
@@ -136,7 +136,11 @@ def test_files_are_those_of_the_host_byte_for_byte(compiled: Compile, passes: st
 @pytest.mark.broad
 @pytest.mark.parametrize(("passes", "scheme"), LEARNED.items())
 def test_learned_transforms_differ_in_the_last_bits(compiled: Compile, passes: str, scheme: str) -> None:
-    same(compiled(llama(), passes, scheme=scheme), compiled(llama(), passes, NAME, scheme=scheme), 1e-4)
+    same(
+        compiled(llama(), passes, scheme=scheme),
+        compiled(llama(), passes, NAME, scheme=scheme),
+        tolerance=1e-4,
+    )
 
 
 @pytest.mark.broad
@@ -296,4 +300,4 @@ def test_what_the_device_took_is_written(compiled: Compile) -> None:
 def test_a_cuda_card_gives_nearly_the_same(compiled: Compile, passes: str, scheme: str) -> None:
     """Sums are taken in another order there, and a training goes another way from the first such sum on."""
     here, there = (compiled(llama(), passes, device, scheme=scheme) for device in ("cpu", "cuda:0"))
-    same(here, there, 0.05)
+    same(here, there, tolerance=0.05)
