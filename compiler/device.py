@@ -140,9 +140,11 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A value with all its tensors on a device: a tensor, a dataclass or a mapping of them; others as they are."""
+    """A value with all its tensors on a device: a tensor, or a list, mapping or dataclass of them; others as they are."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(moved(one, device) for one in value)
     if isinstance(value, Mapping):
         return {key: moved(one, device) for key, one in value.items()}
     if is_dataclass(value) and not isinstance(value, type):

@@ -100,7 +100,7 @@ class NoiseSweep:
         if part.index == 0:
             self.clean = prologue(self.program, tensors, self.ids, 1, self.compute, (), self.device)
         elif part.index == last:
-            self._logits(part, cast(Mirror(tensors, self.device), self.compute))
+            self._logits(part, moved(cast(tensors, self.compute), self.device))
         else:
             self._block(part, Mirror(tensors, self.device))
 

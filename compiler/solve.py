@@ -105,7 +105,8 @@ class Solver:
     def run(self) -> Journal:
         """Solve and hand on every part, in order."""
         parts = self.plan.program.parts
-        self._survey()
+        with explained(self.device, "the run before the first block"):
+            self._survey()
         for part in parts:
             self.report(Progress(part.name, part.index, len(parts), "load"))
             with explained(self.device, part.name):

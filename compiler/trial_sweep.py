@@ -59,7 +59,7 @@ class TrialSweep:
                 for _ in range(1 + len(self.choices))
             ]
         elif part.index == len(self.program.parts) - 1:
-            self._logits(part, cast(Mirror(tensors, self.device), self.compute))
+            self._logits(part, moved(cast(tensors, self.compute), self.device))
         else:
             self._block(part, Mirror(tensors, self.device))
 
