@@ -140,7 +140,7 @@ def doubled(x: Tensor) -> Tensor:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A value with all its tensors on a device: a tensor, or a list, mapping or dataclass of them; others as they are."""
+    """A value with all its tensors on a device: a tensor, a list, mapping or dataclass of them; others as they are."""
     if isinstance(value, Tensor):
         return value.to(device)
     if type(value) in (tuple, list):
