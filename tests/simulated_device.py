@@ -71,6 +71,10 @@ class OnDevice(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnDevice({self.inner})"
 
+    def tolist(self) -> Any:
+        """Its numbers, which come to the host as those of every device do."""
+        return self.inner.tolist()
+
     def numpy(self, *, force: bool = False) -> Any:
         """Refused, as of every tensor that is not on the host."""
         raise TypeError(f"can't convert {NAME} device type tensor to numpy")
@@ -154,6 +158,9 @@ class _Backend:
 
     def is_bf16_supported(self) -> bool:
         return True
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
 
     def max_memory_allocated(self, device: torch.device) -> int:
         return memory.most
