@@ -57,6 +57,11 @@ EXPORTS = [
     ("llama-128", "w4a16-g64", "linear_quant", "modelslim", 0.4),
     ("llama-128", "w8a8-static", "iter_smooth{symmetric=false},linear_quant", "vllm-ascend", 0.05),
     ("llama-128", "float", "iter_smooth{symmetric=false}", "modelslim", 0.02),
+    ("llama-128", "w8a8", "linear_quant,dynamic_cache", "modelslim", 0.1),
+    ("llama-128", "w8a8", "linear_quant,dynamic_cache{symmetric=false}", "modelslim", 0.1),
+    ("phi3", "float", "dynamic_cache", "modelslim", 0.1),
+    ("llama-128", "w8a8", "fa3_quant,linear_quant", "modelslim", 0.2),
+    ("qwen3", "float", "fa3_quant{fa_k=per_token}", "modelslim", 0.2),
     ("llama-128", "w4a4", "iter_smooth,quarot{online=true},autoround{iters=2}", "vllm-ascend", 0.5),
     ("llama-128", "w4a16-g64", "autoround{iters=2}", "modelslim", 0.2),
     ("qwen3", "w8a8", ROTATED, "vllm-ascend", 0.03),
@@ -91,7 +96,7 @@ def test_the_export_computes_what_the_model_computes(
 
 def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the solver had in hand when it wrote each part."""
-    found: dict[str, Any] = {"tensors": {}, "quantized": {}, "schemes": {}}
+    found: dict[str, Any] = {"tensors": {}, "quantized": {}, "schemes": {}, "stubs": {}}
     write = _PartSolver._write
 
     def keeping(self: _PartSolver) -> None:
@@ -99,6 +104,7 @@ def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["tensors"] |= {**self.tensors, **wide}
         found["quantized"] |= self.quantized
         found["schemes"] |= self.schemes
+        found["stubs"] |= self.state.stubs
         write(self)
 
     patch.setattr(_PartSolver, "_write", keeping)
@@ -109,6 +115,7 @@ def simulated(result: Result, held: Mapping[str, Any]) -> Tensor:
     """The rewritten graph in float32 with linears on their grids, rounded where the served ops round."""
     program, (ids, mask) = result.plan.final, rows()
     tensors = {n: t.bfloat16().float() if t.is_floating_point() else t for n, t in held["tensors"].items()}
+    tensors |= {n: t.float() for n, t in held["stubs"].items()}
 
     def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         q = held["quantized"].get(name)

@@ -25,6 +25,7 @@ CASES = [
     ("qwen3", "iter_smooth,linear_quant", "w8a8-static"),
     ("llama-128", "flatquant,linear_quant", "w4a4"),
     ("llama", "dynamic_cache,linear_quant", "w8a8"),
+    ("llama", "fa3_quant{fa_k=per_token},linear_quant", "w8a8"),
     ("mixtral", "linear_quant", "experts-w4a8"),
     ("qwen3_moe", SMOOTH, "w8a8"),
 ]
