@@ -49,10 +49,15 @@ def description_of(directory: Path) -> dict[str, Any] | None:
 
 def own_block(directory: Path) -> dict[str, Any] | None:
     """The ``quantization_config`` in a config.json, if it is one of ours."""
+    return block_by(METHOD, directory)
+
+
+def block_by(method: str, directory: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` in a config.json, if its ``quant_method`` is that one."""
     if not (directory / "config.json").is_file():
         return None
     block = read_json(directory / "config.json").get("quantization_config")
-    return block if isinstance(block, dict) and block.get("quant_method") == METHOD else None
+    return block if isinstance(block, dict) and block.get("quant_method") == method else None
 
 
 def block_of(description: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def test_what_transformers_would_make_up_is_told(home: Home, tmp_path: Path) -> 
 def test_without_the_library_the_plan_says_what_to_install(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qc.compiler.targets.compressed_tensors.find_spec", lambda name: None)
+    monkeypatch.setattr("qc.compiler.compressed_library.find_spec", lambda name: None)
     found = plan(home.program, "linear_quant", Options(scheme="w8a8", target="compressed-tensors"))
     assert any("pip install 'qc[compressed-tensors]'" in problem for problem in found.problems)
     with pytest.raises(Refused, match="pip install"):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.linear import IntegerLinear
-from ..errors import Refused
+from ..compressed_library import INSTALL, NAME, check_installed, is_installed
 from ..safetensors_io import TensorSpec
 from ..scheme import Int, LinearScheme
 from . import ascendv1
@@ -23,9 +22,6 @@ from .compressed_formats import (
 )
 from .served import LinearSite, ModelFacts
 from .target import DiskNames, Finding, Layout, Problem, Target
-
-INSTALL = "pip install 'qc[compressed-tensors]'"
-LIBRARY = "compressed_tensors"
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ class CompressedTensors(Target):
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
         """Schemes that it does not write, experts, and whatever needs a place that the model's code has not."""
         found: list[Problem] = []
-        if find_spec(LIBRARY) is None:
-            found.append(Problem("library", "target", "compressed-tensors is not installed", INSTALL))
+        if not is_installed():
+            found.append(Problem("library", "target", f"{NAME} is not installed", INSTALL))
         for site in sites:
             weight = site.scheme.weight
             if site.rotated or site.online is not None or site.beside or site.divided:
@@ -137,8 +133,7 @@ class CompressedTensors(Target):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """What transformers does with a directory: the library's own modules say which tensors they want."""
-        if find_spec(LIBRARY) is None:
-            raise Refused(f"compressed-tensors is not installed: {INSTALL}")
+        check_installed()
         from .compressed_files import judged
 
         return judged(directory, trust_remote_code)
