@@ -16,6 +16,7 @@ import qc
 import qc.hf
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
+from qc.compiler.targets.verdict import verdict
 from tests.homes import Home, compiled, rows
 
 SMOOTH = "iter_smooth,linear_quant"
@@ -82,6 +83,9 @@ def test_pt2(home: Callable[[str], Home], tmp_path: Path, family: str, scheme: s
     off = (found.float() - wanted.float()).norm() / wanted.float().norm()
     assert off < 1e-2
     assert qc.verify(out)[0].wrong == ()
+    assert verdict(out, "pt2").word == "loads"
+    (out / "model.pt2").write_bytes(b"cut")
+    assert [finding.tensor for finding in verdict(out, "pt2").findings] == ["model.pt2"]
 
 
 @pytest.mark.real
