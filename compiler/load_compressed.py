@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from .capture_experts import stacks_of
 from .compressed_library import NAME, check_installed
 from .errors import Refused
 
@@ -20,7 +21,7 @@ def load_compressed(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in a directory of compressed-tensors, in evaluation mode on CPU.
 
     Weights become floats when they are loaded, and linears put their activations on the library's grids. The logits are
-    those of ``from_pretrained``, bit for bit.
+    those of ``from_pretrained``, bit for bit; in another ``dtype`` than the stored one, experts run in that dtype too.
 
     Args:
         path: The directory, of qc or of another tool.
@@ -45,6 +46,10 @@ def load_compressed(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     _check_complete(path, told)
     with _quiet():
         model.hf_quantizer.compressor.decompress_model(model)  # else the first call does
+    for module in model.modules():
+        for stack in stacks_of(module):  # experts come in the dtype of their scales, whatever was asked for
+            weights = module.get_parameter(stack.name)
+            weights.data = weights.data.to(model.dtype)
     model.requires_grad_(False).eval()
     return model
 

@@ -19,8 +19,8 @@ from qc.runtime.quantize import dequantize
 from qc.runtime.quantized import QuantizedLinear
 from tests.homes import rows
 
-Linear = Callable[[Tensor, LinearScheme, QuantizedLinear], Tensor]
-"""The output of a quantized linear on an activation."""
+Linear = Callable[[str, Tensor, LinearScheme, QuantizedLinear], Tensor]
+"""The output of a quantized linear, by its name, on an activation."""
 
 
 def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def served(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
+def served(name: str, x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
     """A linear that rounds where the served ops round."""
     y = dequantize(q.weight, q.scale, q.offset)
     if scheme.static:
@@ -55,8 +55,11 @@ def served(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
     return y if q.bias is None else y + q.bias.bfloat16().float()
 
 
-def of_compressed_tensors(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
-    """The same as the library compressed-tensors rounds: int8 per token in steps of absmax / 127.5."""
+def of_compressed_tensors(name: str, x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -> Tensor:
+    """The same as the library compressed-tensors rounds: int8 per token in steps of absmax / 127.5.
+
+    Experts become bfloat16 when transformers unpacks them.
+    """
     if scheme.act is not None:
         step, zero = x.abs().amax(-1, keepdim=True) / 127.5, torch.zeros(1)
         if scheme.static:
@@ -64,7 +67,8 @@ def of_compressed_tensors(x: Tensor, scheme: LinearScheme, q: QuantizedLinear) -
             step, zero = q.input_scale, zero if q.input_offset is None else q.input_offset
         x = ((x / step + zero).round().clamp(-128, 127) - zero) * step
     bias = None if q.bias is None else q.bias.bfloat16().float()
-    return F.linear(x, dequantize(q.weight, q.scale, q.offset), bias)
+    weight = dequantize(q.weight, q.scale, q.offset)
+    return F.linear(x, weight.bfloat16().float() if ".experts." in name else weight, bias)
 
 
 def simulated(result: Result, held: Mapping[str, Any], linear: Linear = served) -> Tensor:
@@ -75,7 +79,7 @@ def simulated(result: Result, held: Mapping[str, Any], linear: Linear = served) 
 
     def run(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         q = held["quantized"].get(name)
-        return F.linear(x, weight, bias) if q is None else linear(x, held["schemes"][name], q)
+        return F.linear(x, weight, bias) if q is None else linear(name, x, held["schemes"][name], q)
 
     env: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     with torch.no_grad():

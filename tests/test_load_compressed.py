@@ -12,10 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from qc.compiler.capture import capture
 from qc.compiler.cli import main
+from qc.compiler.compile import Options, plan
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
+from qc.compiler.scheme import W4A16, W8A8, W8A16, Rule, Scheme
+from qc.compiler.targets.compressed_tensors import EXPERTS
+from qc.compiler.targets.verdict import verdict
 from qc.compiler.verify import verify
+from tests.families import gpt_oss
 from tests.homes import Home, compiled, homes, logits
 from tests.programs import relative
 from tests.simulation import of_compressed_tensors, recorded, simulated
@@ -46,6 +52,70 @@ def test_it_computes_what_the_compiler_rounded(
     theirs = AutoModelForCausalLM.from_pretrained(result.path)
     assert torch.equal(logits(load(result.path)), logits(theirs.eval()))
     assert [check.wrong for check in verify(result.path)] == [()] * 4
+
+
+MIXED = Scheme("mixed", (Rule(include=("*.experts.*",), scheme=W4A16), Rule(scheme=W8A8)))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("mixtral", "w4a16"), ("qwen3_moe", "w8a16"), ("qwen3_moe", MIXED)]
+)
+def test_experts_load_from_packed_integers(
+    family: str, scheme: Any, home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = recorded(monkeypatch)
+    out = tmp_path / "out"
+    result = compiled(home(family), out, "linear_quant", scheme=scheme, target="compressed-tensors")
+    got = logits(load(out, dtype=torch.float32))
+    assert relative(got, simulated(result, held, of_compressed_tensors)) < SAME
+    assert relative(got, logits(load(home(family).path, dtype=torch.float32))) > 2 * SAME
+    assert [check.wrong for check in verify(out)] == [()] * 4
+    assert verdict(out, "compressed-tensors").findings == ()
+    block = json.loads((out / "config.json").read_text())["quantization_config"]
+    targets = [target for group in block["config_groups"].values() for target in group["targets"]]
+    assert [target for target in targets if "experts" in target] == [EXPERTS]
+    (file,) = out.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[next(name for name in tensors if ".experts.1." in name and name.endswith("weight_scale"))]
+    save_file(tensors, file)
+    file.rename(out / "model.safetensors")
+    (out / "model.safetensors.index.json").unlink()
+    assert [finding.rule for finding in verdict(out, "compressed-tensors").findings] == ["C3"]
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "scheme", "words"),
+    [
+        ("mixtral", "linear_quant", "w8a8", "W8A8: transformers loads experts with float activations alone"),
+        (
+            "mixtral",
+            "linear_quant{exclude=*experts*}",
+            "w8a8",
+            "does not load float experts beside quantized",
+        ),
+        (
+            "mixtral",
+            "linear_quant{exclude=*experts.0.*}",
+            "w4a16",
+            "does not load float experts beside quant",
+        ),
+        (
+            "qwen3_moe",
+            "linear_quant",
+            Scheme("two", (Rule(include=("*.experts.1.*",), scheme=W8A16), Rule(scheme=W4A16))),
+            "W8A16 beside experts of W4A16",
+        ),
+        ("gpt_oss", "linear_quant", "w4a16", "lies in a stack with other experts on disk"),
+    ],
+)
+def test_experts_that_transformers_does_not_load_are_refused_in_the_plan(
+    family: str, passes: str, scheme: Any, words: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    if family == "gpt_oss":
+        gpt_oss(tmp_path)
+    program = capture(tmp_path, certify=False) if family == "gpt_oss" else home(family).program
+    found = plan(program, passes, Options(scheme=scheme, target="compressed-tensors")).problems
+    assert any(words in problem and "--target transformers" in problem for problem in found), found
 
 
 @pytest.fixture
