@@ -74,9 +74,17 @@ def test_an_ascendv1_directory_names_its_index(home: Callable[[str], Home], tmp_
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "w8a8"), ("mixtral", "w8a8"), ("qwen3", "auto")])
-def test_pt2(home: Callable[[str], Home], tmp_path: Path, family: str, scheme: str) -> None:
-    out = compiled(home(family), tmp_path / "out", SMOOTH, scheme=scheme, target="pt2").path
+@pytest.mark.parametrize(
+    ("family", "passes", "scheme"),
+    [
+        ("llama", SMOOTH, "w8a8"),
+        ("mixtral", SMOOTH, "w8a8"),
+        ("qwen3", SMOOTH, "auto"),
+        ("llama-128", "spqr{outliers=0.02}", "w4a16-g64"),
+    ],
+)
+def test_pt2(home: Callable[[str], Home], tmp_path: Path, family: str, passes: str, scheme: str) -> None:
+    out = compiled(home(family), tmp_path / "out", passes, scheme=scheme, target="pt2").path
     ids, mask = rows()
     with torch.no_grad():
         found, wanted = qc.load_program(out).module()(ids, mask), logits(load(out))
