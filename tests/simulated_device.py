@@ -51,7 +51,7 @@ memory = Memory()
 class OnDevice(Tensor):
     """A tensor of the device."""
 
-    inner: Tensor
+    host: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> OnDevice:
@@ -59,7 +59,7 @@ class OnDevice(Tensor):
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             device=torch.device(NAME), requires_grad=False,
         )  # fmt: skip
-        made.inner = inner
+        made.host = inner
         storage = inner.untyped_storage()
         memory.took(storage.data_ptr(), storage.nbytes())
         weakref.finalize(made, memory.left, storage.data_ptr())
@@ -69,11 +69,11 @@ class OnDevice(Tensor):
         """Everything is done when it is made."""
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"OnDevice({self.inner})"
+        return f"OnDevice({self.host})"
 
     def tolist(self) -> Any:
         """Its numbers, which come to the host as those of every device do."""
-        return self.inner.tolist()
+        return self.host.tolist()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Refused, as of every tensor that is not on the host."""
@@ -112,13 +112,13 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     there = kwargs.get("device")
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     found = func(*inner_args, **inner_kwargs)
-    if any(isinstance(one, OnDevice) and one.shape != one.inner.shape for one in given):
+    if any(isinstance(one, OnDevice) and one.shape != one.host.shape for one in given):
         raise NotImplementedError(f"{name} gave a tensor of {NAME} another shape, which it can not take")
     if there is not None and torch.device(there).type == "cpu":
         return found
     if name == "aten::copy_" and not isinstance(args[0], OnDevice):
         return args[0]
-    if name.endswith("_") and args and isinstance(args[0], OnDevice) and found is args[0].inner:
+    if name.endswith("_") and args and isinstance(args[0], OnDevice) and found is args[0].host:
         return args[0]
     return tree_map(_outer, found)
 
@@ -130,7 +130,7 @@ def _computed_of(func: Any, *args: Any, **kwargs: Any) -> Any:
 def _inner(one: Any) -> Any:
     if isinstance(one, torch.device):
         return torch.device("cpu")
-    return one.inner if isinstance(one, OnDevice) else one
+    return one.host if isinstance(one, OnDevice) else one
 
 
 def _outer(one: Any) -> Any:
