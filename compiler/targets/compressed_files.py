@@ -73,7 +73,7 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
             found.append(
                 Finding("ruins", "C2", disk, "the model has no such tensor: transformers leaves it out")
             )
-    for name in wanted.keys() - set(names.values()) - ties:
+    for name in sorted(wanted.keys() - set(names.values()) - ties):
         if not name.endswith("_zero_point"):
             found.append(Finding("ruins", "C3", name, "it is in no file: transformers makes it up at random"))
     return tuple(found)
