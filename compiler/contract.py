@@ -215,6 +215,11 @@ class Pass(ABC):
         return False
 
     @property
+    def needs_target(self) -> bool:
+        """Whether ``solve`` compares with what the float block computes."""
+        return self.needs_training
+
+    @property
     def propagates_quantized(self) -> bool:
         """Whether later blocks shall see the outputs of the quantized block instead of the float one."""
         return False
