@@ -28,8 +28,7 @@ class _Place:
 
 
 class Walk:
-    """What linears of a block read while those before them become others, and what the block hands on in the end, without
-    running anything twice.
+    """What linears of a block read while those before them become others, and what it hands on; nothing is run twice.
 
     A linear that has been passed keeps what it made then, so linears are asked for in the order of the graph; one that
     lies before is reached from the entrance again.

@@ -25,7 +25,8 @@ from .gram import Gram
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
 from .outlier_search import outlier_mask
-from .sign_sgd import Rounding, preconditioner, train
+from .preconditioner import Preconditioner
+from .sign_sgd import Rounding, train
 from .weight_scale import weight_grid
 
 LEARNED_BITS = 4
@@ -127,7 +128,7 @@ class BlockRounding:
         rows = [sum(weights[name] for name in group) / len(group) for weights in importance]
         self.clip(group, rows)
         hessian = self.hessian(group[0], rows)
-        steps = preconditioner(hessian) if self.trains else None
+        steps = Preconditioner(hessian) if self.trains else None
         for alike in self.alike(group):
             self.search(alike, hessian, steps)
         for name in group:
@@ -188,7 +189,7 @@ class BlockRounding:
             found.setdefault(kind, []).append(name)
         return list(found.values())
 
-    def search(self, names: list[str], hessian: Tensor, steps: Tensor | None) -> None:
+    def search(self, names: list[str], hessian: Tensor, steps: Preconditioner | None) -> None:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
@@ -246,7 +247,7 @@ class BlockRounding:
     def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear in its present state: trained, started, or still float."""
         if self.training and name in self.roundings:
-            weight = self.roundings[name].fake()
+            weight = self.roundings[name].fake(x.dtype)
         elif name in self.weights:
             weight = self.weights[name] = self.weights[name].to(x.dtype)
         on_grids = name in self.weights and (self.quantized_act or not self.training)

@@ -50,7 +50,9 @@ def gptq(
 
     Source: GPTQ (arXiv 2210.17323), algorithm 1, and the activation order of its implementation.
     """
-    if not bool(hessian.diagonal().isfinite().all()):  # no entry is larger than those of its row and column there
+    if not bool(
+        hessian.diagonal().isfinite().all()
+    ):  # no entry is larger than those of its row and column there
         raise ValueError("its inputs are not finite, or too large for their squares")
     high = qmax(bits)
     width = weight.shape[1]
@@ -93,8 +95,8 @@ def _per_row(grid: Tensor, width: int, order: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of ``(H + λ I)⁻¹`` [n, n], float64; λ is ``damping`` mean diagonals, or more if needed.
 
-    With rows and columns in the opposite order H + λ I is ``L Lᵀ``. In their own order that is ``R Rᵀ`` with R upper, so
-    that R⁻¹ is the factor of the inverse, which need not be computed.
+    With rows and columns in the opposite order H + λ I is ``L Lᵀ``. In their own order that is ``R Rᵀ`` with R upper,
+    so that R⁻¹ is the factor of the inverse, which need not be computed.
 
     ValueError where no damping gives one.
     """
@@ -131,6 +133,8 @@ def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
 
     ValueError for a Hessian that is not finite, or has no factors.
     """
-    if not bool(hessian.diagonal().isfinite().all()):  # no entry is larger than those of its row and column there
+    if not bool(
+        hessian.diagonal().isfinite().all()
+    ):  # no entry is larger than those of its row and column there
         raise ValueError("its inputs are not finite, or too large for their squares")
     return inverse_factor(hessian.double(), damping).square().sum(0).float()

@@ -33,8 +33,8 @@ def token_importance(view: BlockView, names: Collection[str], where: str) -> lis
     """Per microbatch and linear: weights [batch · seq], float32, of mean 1 over all microbatches.
 
     The weight of token t at linear l estimates ``|| d (y / |y|) / d (output of l at t) ||²``, y the output of
-    the block with float weights, |y| held: one backward pass of a random y' with E[y' y'ᵀ] = I (Hutchinson's estimate of the trace of the
-    Gauss-Newton matrix of ``relative_error``).
+    the block with float weights and ``|y|`` held as it is: one backward pass of a random y' with E[y' y'ᵀ] = I
+    (Hutchinson's estimate of the trace of the Gauss-Newton matrix of ``relative_error``).
 
     Source: output-aware weighting of the layer-wise objective as in GuidedQuant (arXiv 2505.07004), for the
     error of the block instead of the model's loss.
