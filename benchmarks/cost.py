@@ -1,9 +1,9 @@
 """What compiles cost, as multiples of what cannot be avoided.
 
-``python -m benchmarks.cost [w8a8] [gptq] [autoround] [--threads N]`` (all by default, on one thread) measures each
-beside its floor, in one run, on SmolLM2-135M and 32 windows of 512 tokens; compiles are whole processes, imports and
-capture included. Time by the clock and time on the CPU are printed. Other work on the machine enters the first far more
-than the second, so that the aim is one of the second.
+``python -m benchmarks.cost [w8a8] [gptq] [autoround] [--threads N] [--blocks N]`` (all by default, on one thread)
+measures each beside its floor, in one run, on SmolLM2-135M, or its first N blocks, and 32 windows of 512 tokens;
+compiles are whole processes, imports and capture included. Time by the clock and time on the CPU are printed. Other work
+on the machine enters the first far more than the second, so that the aim is one of the second.
 
 - ``w8a8``: a forward over the calibration set before and after, reading the weights, writing as many bytes as the
   result has. In bfloat16 where the CPU has units for it, else in float32, which is several times faster there.
@@ -76,6 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("case", nargs="*", help=f"what to measure (default: {' '.join(CASES)})")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, in both (default 1)")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="of the model, from the first one on (default: all)"
+    )
     options = parser.parse_args(arguments)
     wanted = options.case or list(CASES)
     if unknown := sorted(set(wanted) - set(CASES)):
@@ -88,10 +91,22 @@ def main(arguments: list[str] | None = None) -> int:
     ).tokens
     dtype = torch.bfloat16 if has_half_units() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    forward(model, tokens[:MICROBATCH])  # the first call allocates and chooses kernels
-    rows = [_measured(name, model, tokens, texts, path) for name in wanted]
+    with tempfile.TemporaryDirectory() as folder:
+        if options.blocks:
+            path = cut(model, path, options.blocks, Path(folder))
+        forward(model, tokens[:MICROBATCH])  # the first call allocates and chooses kernels
+        rows = [_measured(name, model, tokens, texts, path) for name in wanted]
     table(f"multiples of what cannot be avoided, {texts}", rows)
     return 0 if all(row["met"] for row in rows) else 1
+
+
+def cut(model: torch.nn.Module, path: Path, blocks: int, folder: Path) -> Path:
+    """Keep the first blocks of a model; the checkpoint of it, beside the tokenizer of the whole one."""
+    model.model.layers = model.model.layers[:blocks]  # type: ignore[union-attr, index]
+    model.config.num_hidden_layers = blocks  # type: ignore[union-attr]
+    model.save_pretrained(folder)  # type: ignore[operator]
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
 
 
 def _measured(name: str, model: torch.nn.Module, tokens: Tensor, texts: Texts, path: Path) -> Row:
@@ -117,6 +132,7 @@ def _measured(name: str, model: torch.nn.Module, tokens: Tensor, texts: Texts, p
         "case": name,
         "passes": case.passes,
         "scheme": case.scheme,
+        "blocks": len(model.model.layers),  # type: ignore[union-attr, arg-type]
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "floor s": before.wall,
@@ -141,10 +157,11 @@ def floor(name: str, model: torch.nn.Module, tokens: Tensor) -> Spent:
         return spent(lambda: forward(model, tokens))
     layers = model.model.layers  # type: ignore[union-attr]
     work = hessians if name == "gptq" else steps
-    found = Spent(0, 0)
-    for one in layers[::SAMPLED]:  # type: ignore[index]
+    found, some = Spent(0, 0), layers[::SAMPLED]  # type: ignore[index]
+    for one in some:
         found += spent(lambda one=one: work(one, model, tokens))
-    return Spent(found.wall * SAMPLED, found.cpu * SAMPLED)
+    share = len(layers) / len(some)  # type: ignore[arg-type]
+    return Spent(found.wall * share, found.cpu * share)
 
 
 @torch.no_grad()

@@ -135,7 +135,8 @@ class BlockSize:
     @property
     def walked(self) -> int:
         """Bytes that a walk keeps between two linears: the residual stream and what is read next, of all tokens."""
-        return 2 * self.itemsize * self.calibration * self.hidden
+        widest = max((one.width for one in self.linears), default=0)
+        return self.itemsize * self.calibration * (self.hidden + widest)
 
     @property
     def activations(self) -> int:

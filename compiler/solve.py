@@ -322,7 +322,7 @@ class _PartSolver:
             self._run_float(step)
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
-        outputs, tensors = self.outputs, cast(self.tensors, solver.compute)
+        tensors = cast(self.tensors, solver.compute)
         for name in self.schemes_of(step):
             tensors[f"{name}.weight"] = self.tensors[f"{name}.weight"]
 
@@ -339,7 +339,7 @@ class _PartSolver:
         view.walk = walk
         view.batches = len(stream.batches)
         view.forward = forward
-        if outputs is not None:
+        if (outputs := self.outputs) is not None:
             hidden = main_value(outputs[0], self.plan)
             view.target = lambda index: outputs[index][hidden]
         view.report = lambda text: self._report(f"{step.what.name} {text}")
@@ -386,16 +386,14 @@ class _PartSolver:
 
     def _quantized_outputs(self, stream: Stream) -> list[Values]:
         """What the quantized part hands on: what a walk came to, where nothing was changed after it."""
-        indices = range(len(stream.batches))
+        plan, indices = self.plan, range(len(stream.batches))
         known = {} if self.walked is None or self.mixtures or self.state.stubs else self.walked.results
         if len(known) == len(indices):
             return [known[i] for i in indices]
         hook = quantized_linears(self.quantized, self.schemes, self.solver.compute)
         tensors = cast({**self.tensors, **self.state.stubs}, self.solver.compute)
         with torch.no_grad():
-            return [
-                stream.run(i, self.plan.final, self.part, tensors, self.plan.bases, hook) for i in indices
-            ]
+            return [stream.run(i, plan.final, self.part, tensors, plan.bases, hook) for i in indices]
 
     def _last_float_step(self) -> Step:
         """The state after all passes, in which the float tensors are now: quantizers change no graph."""
