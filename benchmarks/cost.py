@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.cost [w8a8] [gptq] [autoround] [--threads N] [--blocks N]`` (all by default, on one thread)
 measures each beside its floor, in one run, on SmolLM2-135M, or its first N blocks, and 32 windows of 512 tokens;
-compiles are whole processes, imports and capture included. Time by the clock and time on the CPU are printed. Other work
-on the machine enters the first far more than the second, so that the aim is one of the second.
+compiles are whole processes, imports and capture included. Time by the clock and time on the CPU are printed. Other
+work on the machine enters the first far more than the second, so that the aim is one of the second.
 
 - ``w8a8``: a forward over the calibration set before and after, reading the weights, writing as many bytes as the
   result has. In bfloat16 where the CPU has units for it, else in float32, which is several times faster there.
