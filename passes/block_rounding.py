@@ -125,7 +125,7 @@ class BlockRounding:
 
     def start(self, group: tuple[str, ...], importance: list[dict[str, Tensor]]) -> None:
         """Closed-form integers of linears that read one value, with everything before them quantized."""
-        rows = [sum(weights[name] for name in group) / len(group) for weights in importance]
+        rows = [torch.stack([weights[name] for name in group]).mean(0) for weights in importance]
         self.clip(group, rows)
         hessian = self.hessian(group[0], rows)
         steps = Preconditioner(hessian) if self.trains else None
