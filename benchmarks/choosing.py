@@ -1,13 +1,16 @@
 """Choosing formats: measured error against simpler rules at the same bits per weight, on SmolLM2-135M.
 
-``python -m benchmarks.choosing [--bits B ...] [--passes P]`` compiles the model once per rule and budget and prints
-perplexity and divergence on the evaluation text. The rules share the budget, the passes, the places (q, k, v together;
-gate and up together) and the two formats W4A4 and W8A8:
+``python -m benchmarks.choosing [--bits B ...] [--fallback K ...] [--passes P]`` compiles the model once per rule and
+budget and prints perplexity and divergence on the evaluation text. The rules share the budget, the passes, the places
+(q, k, v together; gate and up together) and the two formats W4A4 and W8A8:
 
 - ``chosen``: ``--avg-bits B``;
 - ``kurtosis``: W8A8 for the places whose inputs have the highest kurtosis, as many as the budget pays;
 - ``even``: W8A8 for whole blocks, evenly over the depth, as many as the budget pays;
 - ``auto``: the scheme of that name, whose bits are the default budget.
+
+With ``--fallback K``, instead: K places of a W4A4 model stay float, those that ``--fallback`` finds or those of the
+highest kurtosis.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile, evaluate, print and record every rule at every budget."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--bits", type=float, action="append", help="budgets (default: the bits of auto)")
+    parser.add_argument("--fallback", type=int, action="append", help="numbers of places that stay float")
     parser.add_argument("--passes", default=PASSES)
     parser.add_argument("--windows", type=int, default=16)
     options = parser.parse_args(arguments)
@@ -49,8 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
     kurtosis = [score.name for score in analyze(program, given, metric="kurtosis").scores]
     menu = _menu(program, options.passes)
     rows: list[Row] = []
-    for bits in options.bits or [auto]:
-        rules: dict[str, Options] = {
+    budgets: dict[str, dict[str, Options]] = {}
+    for count in options.fallback or ():
+        left = by_kurtosis(menu, kurtosis)[:count]
+        budgets[f"{count} places float"] = {
+            "fallback": Options(calib=texts.calibration, scheme="w4a4", fallback=f"L{count}"),
+            "kurtosis": Options(calib=texts.calibration, scheme=without(menu, left)),
+        }
+    for bits in options.bits or ([] if options.fallback else [auto]):
+        rules = budgets[f"{bits:.2f} bits"] = {
             "chosen": Options(calib=texts.calibration, avg_bits=bits, choose_from=FORMATS),
             "kurtosis": Options(
                 calib=texts.calibration, scheme=bought(menu, by_kurtosis(menu, kurtosis), bits)
@@ -59,13 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
         }
         if not options.bits:
             rules["auto"] = Options(calib=texts.calibration, scheme="auto")
+    for budget, rules in budgets.items():
         for rule, asked in rules.items():
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "out"
                 result = compile(program, options.passes, out, asked)
                 found = evaluate(out, model, texts.evaluation, windows=options.windows, length=LENGTH)
             row = {
-                "rule": rule, "passes": options.passes, "budget": bits,
+                "rule": rule, "passes": options.passes, "budget": budget,
                 "bits": cost_of(result.plan, peak=False).bits_per_weight, "multiple": found.ratio,
                 "± se": found.ratio * found.difference_error, "KL": found.kl, "KL ± se": found.kl_error,
             }  # fmt: skip
@@ -107,6 +119,12 @@ def bought(menu: Menu, order: Sequence[int], bits: float) -> Scheme:
     low, high = menu.places[0].options[0], menu.places[0].options[-1]
     rules = (Rule(include=tuple(better), scheme=high),) if better else ()
     return Scheme("bought", (*rules, Rule(scheme=low)))
+
+
+def without(menu: Menu, left: Sequence[int]) -> Scheme:
+    """W4A4 for all places but some, which stay float."""
+    names = tuple(name for i in left for name in menu.places[i].linears)
+    return Scheme("without", (Rule(exclude=names, scheme=menu.places[0].options[0]),))
 
 
 if __name__ == "__main__":

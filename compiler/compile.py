@@ -81,7 +81,7 @@ class Options:
     calibrate_all_experts: bool = False
     """Every expert sees every calibration token, instead of those that are routed to it."""
     fallback: str = "L0"
-    """``Lk``: the k places whose rounding is loudest on the calibration data stay float."""
+    """``Lk``: the k places whose rounding costs most on the calibration data stay float."""
     avg_bits: float | None = None
     """Choose the formats: those of least divergence within so many bits per weight."""
     max_kl: float | None = None

@@ -1,9 +1,9 @@
-"""Fallback: what is heard most stays float: linears (``disable_level``, ``--fallback``), attentions (``fa_amp``)."""
+"""Fallback: what costs most stays float: linears (``disable_level``, ``--fallback``), attentions (``fa_amp``)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from .attention_noise import AttentionNoise
 from .contract import Fact, Pass
 from .edit import Verb
 from .errors import Refused
-from .operand import Stub
+from .menu import Place
+from .noise_sweep import TOKENS, NoiseSweep
+from .operand import Quantize, Stub
 from .plan import Plan, Step, all_have_formats, make_plan
 from .program import Part
 from .roles import read_together, roles_of
@@ -38,23 +40,55 @@ def quantizers(passes: Iterable[Pass]) -> list[Pass]:
     return [one for one in passes if Fact.QUANTIZED in one.provides and hasattr(one, "strategies")]
 
 
+@dataclass(frozen=True)
+class Left:
+    """What stays float, and what rounding it would have cost."""
+
+    linears: tuple[str, ...]
+    saved: float
+    """Nats per token, rounding to nearest."""
+    total: float
+    """Nats per token that all places of the plan cost."""
+
+    def __str__(self) -> str:
+        return (
+            f"{', '.join(self.linears)} stay float, where rounding costs most: about {self.saved:.2g} of"
+            f" {self.total:.2g} nats per token"
+        )
+
+
 def most_sensitive(
     plan: Plan, ids: Tensor, count: int, compute: torch.dtype,
     report: Callable[[Progress], None] = lambda progress: None,
-) -> tuple[str, ...]:  # fmt: skip
-    """The linears of the ``count`` places where rounding to nearest is loudest.
+) -> Left:  # fmt: skip
+    """The linears of the ``count`` places that cost most when they are rounded to nearest in their formats.
 
-    A sweep with every quantizer replaced by ``linear_quant`` of the same formats measures the noise of each linear's
-    output on the first tokens of the calibration text (``proof.TOKENS`` of them); linears that a server runs as one
-    (q, k, v) are one place. Experts are not among them: those of a layer share a type.
+    What a place costs is measured as for the choice of formats (``noise_sweep``), after the float rewrites of the plan.
+    Linears that a server runs as one (q, k, v) are one place. Experts are not among them: those of a layer share a
+    type.
 
     Args:
         plan: What is to be compiled.
-        ids: Calibration tokens [n, length].
+        ids: Calibration tokens [n, length]; the first `TOKENS` are used.
         count: How many places.
         compute: The dtype of the sweep.
         report: Told of the progress.
     """
+    ids = ids[: max(1, TOKENS // ids.shape[1])]
+    trial = _rounded_to_nearest(plan)
+    program = next(step.program for step in trial.steps if Fact.QUANTIZED in step.what.provides)
+    places = _places(plan)
+    noise = NoiseSweep(program, places, ids, compute, report)
+    Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report, watch=noise).run()
+    costs = [cost for (cost,) in noise.costs()]
+    order = sorted(range(len(places)), key=lambda i: (-costs[i], places[i].linears))[:count]
+    return Left(
+        tuple(name for i in order for name in places[i].linears), sum(costs[i] for i in order), sum(costs)
+    )
+
+
+def _rounded_to_nearest(plan: Plan) -> Plan:
+    """The plan with each quantizer replaced by ``linear_quant`` of the same formats."""
     plain: Any = registry.get("passes", "linear_quant")
     cheap: list[Pass] = []
     for step in plan.steps:
@@ -63,31 +97,31 @@ def most_sensitive(
             cheap.append(plain(**own))
         elif Fact.QUANTIZED not in step.what.provides:
             cheap.append(step.what)
-    trial = make_plan(
+    return make_plan(
         plan.program, cheap, scheme=None if all_have_formats(cheap) else plan.scheme, target=plan.target, tp=plan.tp,
         seed=plan.seed,
     ).require()  # fmt: skip
-    journal = Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report).run()
-    noise: dict[str, float] = {}
-    for entry in journal.entries:
-        noise |= entry.get("sqnr_db", {})
-    for name in roles_of(plan.program)["expert"]:
-        noise.pop(name, None)
-    return loudest(noise, read_together(plan.program), count)
 
 
-def loudest(
-    noise: Mapping[str, float], together: Mapping[str, tuple[str, ...]], count: int
-) -> tuple[str, ...]:
-    """The linears of the ``count`` groups of least signal to noise (dB, by linear); a group is run as one."""
-    groups: dict[tuple[str, ...], float] = {}
-    for name, value in noise.items():
+def _places(plan: Plan) -> list[Place]:
+    """The linears that a plan quantizes, those together that a server runs as one, in the order of the graph."""
+    experts = roles_of(plan.program)["expert"]
+    edits = (edit for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits)
+    formats = {e.site.module: e.operand.scheme for e in edits if isinstance(e.operand, Quantize)}
+    together = read_together(plan.program)
+    places: dict[tuple[str, ...], Place] = {}
+    for node in plan.program.graph.nodes:
+        name = str(node.target)
+        if node.op != "call_module" or name not in formats or name in experts:
+            continue
         parent = name.rpartition(".")[0]
-        beside = (other for other in together.get(name, (name,)) if other in noise)
-        group = tuple(other for other in beside if other.rpartition(".")[0] == parent)
-        groups[group] = min(groups.get(group, value), value)
-    order = sorted(groups, key=lambda group: (groups[group], group))
-    return tuple(name for group in order[:count] for name in group)
+        group = tuple(
+            other
+            for other in together.get(name, (name,))
+            if formats.get(other) == formats[name] and other.rpartition(".")[0] == parent
+        )
+        places[group] = Place(group, node.meta["part"], (formats[name],), (0,))
+    return list(places.values())
 
 
 def loudest_attentions(
@@ -129,7 +163,8 @@ def without(steps: Iterable[Step], names: tuple[str, ...]) -> list[Pass]:
     for step in steps:
         edits = [edit for rewrite in step.answer.rewrites for edit in rewrite.edits]
         made = {edit.site.module for edit in edits if edit.verb in BESIDE_INTEGERS}
-        left = tuple(name for name in names if name in made)
         one: Any = step.what
+        every = bool(quantizers([one]))  # what one quantizer leaves, the next would take
+        left = tuple(name for name in names if every or name in made)
         found.append(replace(one, exclude=(*one.exclude, *left)) if left and hasattr(one, "exclude") else one)
     return found

@@ -13,7 +13,8 @@ from . import registry
 from .operand import Quantize, Statistic
 from .plan import Plan, make_plan
 from .program import Program
-from .scheme import LinearScheme, Scheme
+from .recipe_yaml import globs
+from .scheme import LinearScheme, Rule, Scheme
 from .view import BlockView
 
 
@@ -21,6 +22,12 @@ def rounding_plan(program: Program, scheme: Scheme) -> Plan:
     """``linear_quant`` alone, in a layout that holds every format."""
     rounding: Any = registry.get("passes", "linear_quant")
     return make_plan(program, [rounding()], scheme=scheme, target="modelslim").require()
+
+
+def alone(program: Program, linears: Iterable[str], one: LinearScheme) -> Scheme:
+    """A format for some linears of a program, and none for the others."""
+    every = [name for name, leaf in program.leaves.items() if leaf.kind == "linear"]
+    return Scheme(one.spelling, (Rule(include=tuple(globs(linears, every)), scheme=one),))
 
 
 class Nearest:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from .evaluate import ROWS
 from .fake_quant import quantized_linears
-from .menu import Place, uniform
-from .nearest import Nearest
+from .menu import Place
+from .nearest import Nearest, alone
 from .observe import Observers
 from .part_work import cast
 from .program import Part, Program
@@ -75,8 +75,15 @@ class NoiseSweep:
     """Nats per token and unit of squared relative error at the output of a block, by index of the part."""
 
     def __post_init__(self) -> None:
-        formats = dict.fromkeys(one for place in self.places for one in place.options if one.quantized)
-        self.nearest = {one: Nearest(self.program, uniform(one)) for one in formats}
+        offered: dict[LinearScheme, list[str]] = {}
+        for place in self.places:
+            for one in place.options:
+                offered.setdefault(one, []).extend(place.linears if one.quantized else ())
+        self.nearest = {
+            one: Nearest(self.program, alone(self.program, names, one))
+            for one, names in offered.items()
+            if names
+        }
         self.needed = needed_after(self.program)
         self.peers = peers(mixtures(self.program))
         self.clean = Stream((), self.compute)

@@ -27,7 +27,7 @@ def settled(
 
     Args:
         planned: A plan without problems.
-        fallback: ``Lk``: the k places whose rounding is loudest stay float.
+        fallback: ``Lk``: the k places whose rounding costs most stay float.
         ids: Calibration tokens [n, length].
         compute: Dtype of the runs.
         replan: Makes the plan again.
@@ -36,10 +36,9 @@ def settled(
     if count := level(fallback):
         if not quantizers(step.what for step in planned.steps):
             raise Refused(f"--fallback {fallback}: no pass of this plan quantizes linears; leave it out")
-        names = most_sensitive(planned, ids, count, compute, report)
-        told = f"fallback {fallback}: {', '.join(names)} stay float, where rounding is heard most"
-        again = replan(without(planned.steps, names))
-        planned = replace(again, notes=(*planned.notes, told))
+        left = most_sensitive(planned, ids, count, compute, report)
+        again = replan(without(planned.steps, left.linears))
+        planned = replace(again, notes=(*planned.notes, f"fallback {fallback}: {left}"))
     return (
         _attentions_left(planned, ids, compute, replan, report) if attentions_to_leave(planned) else planned
     )

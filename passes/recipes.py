@@ -40,6 +40,10 @@ LLM_INT8 = Named(
     "LLM.int8(): outlier channels in float, the others in int8",
     "outlier_channels,linear_quant", "w8a8", "modelslim", "llm-int8", 1.0189, 0.0163,
 )  # fmt: skip
+SPQR = Named(
+    "SpQR: 1 % of the weights in float, the others in four bits, in groups of 64 with offsets",
+    "spqr", "w4a16-g64-asym", "modelslim", "spqr", 1.0554, 0.06434,
+)  # fmt: skip
 OUTLIER_SUPPRESSION = Named(
     "Outlier Suppression: gains moved into weights, fixed ranges that cut outliers",
     "fuse_norms,linear_quant{act_method=histogram}", "w8a8-static", "vllm-ascend", "outlier-suppression",

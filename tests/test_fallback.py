@@ -1,4 +1,4 @@
-"""``--fallback L5``: the linears that are heard most stay float, found on the calibration data."""
+"""``--fallback L5``: the linears whose rounding costs most stay float, found on the calibration data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qc.compiler.capture import capture
 from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
 from qc.compiler.fallback import level
-from qc.compiler.roles import roles_of
+from qc.compiler.roles import read_together, roles_of
 from qc.compiler.spelling import passes_of
 from tests.homes import Home, compiled
 from tests.plans import planned
@@ -57,6 +57,22 @@ def test_a_plan_without_a_quantizer_has_nothing_to_fall_back_from(
             home("llama"), tmp_path / "out", "iter_smooth", scheme="float", target="modelslim", fallback="L2"
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.broad
+@pytest.mark.parametrize("passes", ["linear_quant", "autoround{include=*.gate_proj+*.up_proj,iters=1},gptq"])
+def test_linears_that_a_server_runs_as_one_stay_float_together(
+    passes: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    result = compiled(
+        home("llama"), tmp_path / "out", passes, scheme="w4a4", target="vllm-ascend", fallback="L5"
+    )
+    quantized = {str(n.target) for n in result.plan.final.graph.nodes if "scheme" in n.meta}
+    together = read_together(result.plan.program)
+    left = {name for name in together if name not in quantized and name.startswith("model.layers.")}
+    parts = [{other for other in together[name] if other in left} for name in left]
+    assert len(set(map(frozenset, parts))) == 5
+    assert all(part == set(together[name]) for name, part in zip(left, parts, strict=True))
 
 
 @pytest.mark.broad
@@ -104,6 +120,8 @@ def test_fa_amp_leaves_something_to_quantize() -> None:
         ("flatquant{iters=1},gptq", "w4a4"),
         ("online_rotation,linear_quant", "w4a4"),
         ("svd_res{rank=2},linear_quant", "w8a8"),
+        ("quarot{online=true},linear_quant", "w4a4"),
+        ("fa3_quant,outlier_channels,linear_quant", "w8a8"),
     ],
 )
 def test_what_stands_beside_integers_alone_leaves_the_same_linears(

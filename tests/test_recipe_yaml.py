@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qc.compiler.compile import Options, plan
-from qc.compiler.fallback import loudest
 from qc.compiler.plan import Plan
 from qc.compiler.recipe import read_recipe
 from qc.compiler.recipe_yaml import globs, recipe_yaml
@@ -84,14 +83,3 @@ def test_globs_choose_exactly_what_they_are_for(chosen: set[tuple[int, str]]) ->
     names = [f"model.layers.{layer}.mlp.{name}" for layer, name in sorted(chosen)]
     found = globs(names, every)
     assert {name for name in every if matches(name, found)} == set(names)
-
-
-QKV = ("a.q", "a.k", "a.v")
-TOGETHER: dict[str, tuple[str, ...]] = {"a.q": QKV, "a.k": QKV, "a.v": QKV}
-
-
-def test_the_loudest_are_groups_that_a_server_runs_as_one() -> None:
-    noise = {"a.q": 30.0, "a.k": 10.0, "a.v": 40.0, "a.o": 20.0, "b.o": 25.0}
-    assert loudest(noise, TOGETHER, 1) == QKV
-    assert loudest(noise, TOGETHER, 2) == (*QKV, "a.o")
-    assert loudest(noise, TOGETHER, 9) == (*QKV, "a.o", "b.o")
