@@ -148,8 +148,7 @@ class _PartSolver:
         self.quantized: dict[str, QuantizedLinear] = {}
         self.schemes: dict[str, LinearScheme] = {}
         self.outputs: list[Values] | None = None
-        self.walked: Walk | None = None
-        """The walk of the last step that rewrites this part, over quantized inputs."""
+        self.walked: Walk | None = None  # of the last step that rewrites this part, over quantized inputs
         self.rowwise: dict[str, RowwiseTensor] = {}
         own = {str(node.target) for node in self.plan.program.nodes(part) if node.op == "call_module"}
         self.mixtures = [one for one in mixtures(self.plan.program) if any(n in own for e in one for n in e)]
@@ -387,7 +386,8 @@ class _PartSolver:
     def _quantized_outputs(self, stream: Stream) -> list[Values]:
         """What the quantized part hands on: what a walk came to, where nothing was changed after it."""
         plan, indices = self.plan, range(len(stream.batches))
-        known = {} if self.walked is None or self.mixtures or self.state.stubs else self.walked.results
+        walk, self.walked = self.walked, None  # it refers to this: a circle would outlive the part
+        known = {} if walk is None or self.mixtures or self.state.stubs else walk.results
         if len(known) == len(indices):
             return [known[i] for i in indices]
         hook = quantized_linears(self.quantized, self.schemes, self.solver.compute)
