@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from .divergences import divergences
 from .errors import Refused
 from .fake_quant import fake_act, quantized_linears
 from .nearest import Nearest
+from .noise_sweep import error_of
 from .observe import Observers
 from .operand import Statistic
 from .program import Part, Program
 from .roles import mixtures, peers, read_together, routers
-from .scheme import FLOAT, LinearScheme, Scheme
+from .scheme import FLOAT, LinearScheme, Scheme, matches
 from .scheme_names import scheme_named
 from .solve import MICROBATCH, Progress
 from .spread import kurtosis
@@ -218,29 +220,43 @@ def _linear_error(rows: Tensor, weight: Tensor, q: QuantizedLinear | None, schem
 
 def _layer_error(block: FloatBlock, hook: LinearHook) -> float:
     """The relative error of what a block hands on, each token over its own size, with linears as a hook has them."""
-    total, count = 0.0, 0
-    for want, got in zip(block.outputs, block.run(hook), strict=True):
-        for name, value in want.items():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                error = (got[name].float() - value.float()).square().mean(-1)
-                size = value.float().square().mean(-1).clamp(min=1e-12)
-                total, count = total + float((error / size).sum()), count + error.numel()
-    return (total / max(count, 1)) ** 0.5
+    return error_of(block.outputs, block.run(hook)) ** 0.5
 
 
 def to_exclude(program: Program, scores: Iterable[Score], by: str, top: int) -> list[str]:
-    """Globs of the ``top`` worst, for ``exclude``; linears that a server runs as one come together."""
+    """Globs of the ``top`` worst, for ``exclude``; linears that a server runs as one come together.
+
+    So do the experts of a layer, which have one type and in many checkpoints one tensor.
+    """
     together, found = read_together(program), dict[str, None]()
+    experts = _experts(program) if by == "linear" else {}
     ranked = list(scores)
     worst = ranked[:top] + [s for s in ranked[top:] if top and s.value == ranked[top - 1].value]
     for score in worst:
         if by == "layer":
             found[f"{score.name}.*"] = None
             continue
+        if score.name in experts:
+            found |= dict.fromkeys(experts[score.name])
+            continue
         parent = score.name.rpartition(".")[0]
         beside = together.get(score.name, (score.name,)) if by == "linear" else (score.name,)
         found |= {name: None for name in beside if name.rpartition(".")[0] == parent}
     return list(found)
+
+
+def _experts(program: Program) -> dict[str, tuple[str, ...]]:
+    """For each linear of an expert the globs of all experts of its layer: one where one matches nothing else."""
+    found: dict[str, tuple[str, ...]] = {}
+    for mixture in mixtures(program):
+        names = [name for expert in mixture for name in expert]
+        columns = zip(*(name.split(".") for name in names), strict=False)
+        shared = takewhile(lambda column: len(set(column)) == 1, columns)
+        glob = ".".join([*(column[0] for column in shared), "*"])
+        others = [n for n, leaf in program.leaves.items() if leaf.kind == "linear" and n not in names]
+        alone = not any(matches(name, (glob,)) for name in others)
+        found |= dict.fromkeys(names, (glob,) if alone else tuple(names))
+    return found
 
 
 def title(found: Analysis) -> str:

@@ -95,6 +95,8 @@ def mix(
         }
     else:
         sets = read_config(config, given)
+    if not sets:
+        raise Refused("no data sets: give their paths by the names of their readers")
     if not sizes:
         raise Refused(f"no sizes: say how many questions of each set, such as --size {next(iter(sets))}=4")
     for name, size in sizes.items():
@@ -176,7 +178,10 @@ def parse_sizes(words: Sequence[str]) -> dict[str, int]:
 
 def reader_of(kind: str, given: Mapping[str, Reader], options: Mapping[str, Any], where: str) -> Reader:
     """A reader by its name, with options. Refused where there is none, or it has no such option."""
-    if kind in given and not options:
+    if kind in given:
+        if options:
+            there = f"the reader {kind!r} that was given has its options already"
+            raise Refused(f"{where}: {', '.join(options)}: {there}; leave the key out")
         return given[kind]
     known = registry.names(GROUP)
     if kind not in known:
@@ -191,6 +196,13 @@ def reader_of(kind: str, given: Mapping[str, Reader], options: Mapping[str, Any]
         right = type(value) is type(default) or default is dataclasses.MISSING
         if not right or (isinstance(value, int) and value < 0):
             raise Refused(f"{where}: {key} is {json.dumps(value)}; it is {default!r} where nothing is given")
+    needed = [
+        name
+        for name, one in fields.items()
+        if one.default is one.default_factory is dataclasses.MISSING and name not in options
+    ]
+    if needed:
+        raise Refused(f"{where}: no {', '.join(needed)}, which the reader {kind} needs")
     return cls(**options)
 
 
@@ -216,6 +228,8 @@ def _read(one: DataSet, size: int) -> list[Question]:
     if not one.path.exists():
         raise Refused(f"set {one.name}: {one.path}: no such file or directory")
     questions = list(one.reader.read(one.path))
+    if not questions:
+        raise Refused(f"set {one.name}: {one.path} holds no question")
     if len(questions) < size:
         raise Refused(
             f"--size {one.name}={size}: {one.path} has {len(questions)} questions; choose at most {len(questions)}"

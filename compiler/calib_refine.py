@@ -32,6 +32,8 @@ FEWEST = 8
 """Samples below which there is nobody to judge."""
 JUDGES = 8
 """Sequences that judge at most."""
+LEAST = 2
+"""Sequences that judge at least: one has no standard error."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +226,14 @@ class Judges:
     def __init__(self, samples: int, seed: int, outside: Sequence[int] = ()) -> None:
         self.outside = tuple(outside)
         if self.outside:
-            if len(self.outside) < 2:
-                raise Refused("--judge: the text has one window; give more text, or a smaller --length")
+            if len(self.outside) < 2 * LEAST:
+                raise Refused(
+                    f"--judge: the text has {len(self.outside)} windows, and {2 * LEAST} are needed to tell a gain from"
+                    " noise; give more text, or a smaller --length"
+                )
             self.groups: tuple[tuple[int, ...], ...] = (self.outside[::2], self.outside[1::2])
             return
-        size = max(2, min(JUDGES, samples // 4))
+        size = max(LEAST, min(JUDGES, samples // 4))
         self.order = list(range(samples))
         random.Random(f"{seed} judges").shuffle(self.order)
         self.groups = (tuple(self.order[:size]), tuple(self.order[size : 2 * size]))
@@ -248,6 +253,15 @@ class Judges:
             return self.groups[1]
         said = {*self.groups[0], *self.groups[1], *dropped}
         return tuple(i for i in self.order if i not in said)[:JUDGES]
+
+    def checkable(self, hurts: Sequence[int]) -> Sequence[int]:
+        """The first of some samples, as many as leave `LEAST` sequences to judge them again and `LEAST` to check."""
+        for count in range(len(hurts), 0, -1):
+            without = frozenset(hurts[:count])
+            again = [i for group in self.judging for i in group if i not in without]
+            if min(len(again), len(self.last(without))) >= LEAST:
+                return hurts[:count]
+        return ()
 
 
 def leave_one_out(
@@ -286,6 +300,7 @@ class Check:
     def __init__(
         self, whole: frozenset[int], hurts: Sequence[int], cases: tuple[int, ...], judges: Judges
     ) -> None:
+        hurts = judges.checkable(hurts)
         self.hurts, self.cases, self.last = hurts, cases, judges.last(frozenset(hurts))
         self.drop: frozenset[int] = frozenset()
         self.errors: dict[tuple[int, bool], dict[int, float]] = {}

@@ -34,7 +34,8 @@ def report_text(found: Refinement) -> str:
         lines.append("dropped nothing: no sample hurts enough")
     stay = found.seemed - len(found.dropped)
     if stay and not found.refuted:
-        lines.append(f"kept {stay} that seem to hurt alone: no gain beside the others, or more than --most")
+        why = "no gain beside the others, more than --most, or too few left to check it"
+        lines.append(f"kept {stay} that seem to hurt alone: {why}")
     if found.added:
         together = ", with all changes"
         lines.append(

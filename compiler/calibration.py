@@ -162,11 +162,11 @@ def _line_sample(line: str, where: str) -> Sample:
         value = json.loads(line)
     except json.JSONDecodeError:
         value = None
-    text = value if isinstance(value, str) else line.rstrip("\r")
-    return Sample(text, text, where)
+    return _item_sample(value if isinstance(value, str) else line.rstrip("\r"), where)
 
 
 def _item_sample(item: object, where: str) -> Sample:
+    check_unicode(item, where)
     if isinstance(item, str):
         return Sample(item, item, where)
     if not isinstance(item, dict):
@@ -188,6 +188,17 @@ def _parse(content: str, where: str) -> object:
     except json.JSONDecodeError as error:
         place = f", line {error.lineno}" if "\n" in content.strip() else ""
         raise Refused(f"{where}{place}: not readable as JSON: {error.msg} at column {error.colno}") from None
+
+
+def check_unicode(value: object, where: str) -> None:
+    """Refused for a value of JSON with half of a character in it (a lone surrogate), which no file can hold as text."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise Refused(
+            f"{where}: half of a character ({half} without its other half); mend or take it out"
+        ) from None
 
 
 def _kind(value: object) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from ..runtime.attention_grid import TokenGrid, channel_grid, head_grid
+from ..runtime.attention_grid import CacheGrid, HeadGrid, TokenGrid
 from .capture_attention import attend_as_qc, explicit_mask
 from .errors import Refused
 from .safetensors_io import Entry
@@ -47,18 +47,15 @@ def install_grids(
         if kind == "C8" and disk.endswith(".kv_cache_scale"):
             module, _, _ = name_of(disk).rpartition(".")
             attention, _, leaf = module.rpartition(".")
-            holder = _holder(_module(model, attention, where), leaf)
-            for name in ("kv_cache_scale", "kv_cache_offset"):
-                holder.register_buffer(name, torch.empty(_entry(entries, disk, where).shape, device="meta"))
-            found.setdefault(attention, []).append((CACHED[leaf], _cached(holder)))
+            projection = _projection(_module(model, attention, where), leaf)
+            grid = CacheGrid(projection, _count(entries, disk, where), device="meta")
+            found.setdefault(attention, []).append((CACHED[leaf], grid))
         elif kind == "FAQuant" and disk.endswith(".scale"):
             module, _, _ = name_of(disk).rpartition(".")
             attention, _, leaf = module.rpartition(".")
-            holder = _holder(_module(model, attention, where), leaf)
-            holder.register_buffer("scale", torch.empty(_entry(entries, disk, where).shape, device="meta"))
-            offset = torch.empty(entries[disk].shape, dtype=torch.int8, device="meta")
-            holder.register_buffer("offset", offset)
-            found.setdefault(attention, []).append((FA.index(leaf), _of_heads(holder)))
+            grid = HeadGrid(_count(entries, disk, where), device="meta")
+            setattr(_module(model, attention, where), leaf, grid)
+            found.setdefault(attention, []).append((FA.index(leaf), grid))
     for key, kind in description.items():
         if key.endswith(".quant_type") and isinstance(kind, str):
             attention = name_of(key.removesuffix("quant_type") + "x").removesuffix(".x")
@@ -72,10 +69,13 @@ def install_grids(
     return frozenset(found)
 
 
-def _entry(entries: Mapping[str, Entry], disk: str, where: str) -> Entry:
+def _count(entries: Mapping[str, Entry], disk: str, where: str) -> int:
+    """How many channels or heads the scale of a grid has."""
     if disk not in entries:
         raise Refused(f"{where}: {disk} is in the description and in no file")
-    return entries[disk]
+    if not entries[disk].shape:
+        raise Refused(f"{where}: {disk} is one number; the scale of a grid has an axis of channels or heads")
+    return entries[disk].shape[0]
 
 
 def dynamic_operands(kind: str) -> list[int]:
@@ -91,16 +91,6 @@ def dynamic_operands(kind: str) -> list[int]:
     ]
 
 
-def _cached(holder: nn.Module) -> Grid:
-    return lambda x: channel_grid(
-        x, holder.get_buffer("kv_cache_scale"), holder.get_buffer("kv_cache_offset")
-    )
-
-
-def _of_heads(holder: nn.Module) -> Grid:
-    return lambda x: head_grid(x, holder.get_buffer("scale"), holder.get_buffer("offset"))
-
-
 def _module(model: nn.Module, name: str, where: str) -> nn.Module:
     try:
         return model.get_submodule(name)
@@ -108,8 +98,8 @@ def _module(model: nn.Module, name: str, where: str) -> nn.Module:
         raise Refused(f"{where}: the model has no {name}, for which there is a grid") from None
 
 
-def _holder(attention: nn.Module, leaf: str) -> nn.Module:
-    """The child of an attention that holds the tensors of a grid: a projection, or a module made for it."""
+def _projection(attention: nn.Module, leaf: str) -> nn.Module:
+    """The child of an attention below whose name a cache is stored, made where queries, keys and values are one."""
     if not isinstance(getattr(attention, leaf, None), nn.Module):
         setattr(attention, leaf, nn.Module())
     return getattr(attention, leaf)
@@ -119,23 +109,27 @@ def _holder(attention: nn.Module, leaf: str) -> nn.Module:
 def check_grids_run(model: PreTrainedModel, attentions: frozenset[str], where: str) -> None:
     """Run two tokens, and refuse a model whose attentions do not come by their grids."""
     ran: set[str] = set()
-    for name in attentions:
-        module = model.get_submodule(name)
+    own = {name: getattr(model.get_submodule(name), NAME) for name in attentions}
 
-        def seen(grid: Grid, name: str = name) -> Grid:
-            def run(x: Tensor) -> Tensor:
-                ran.add(name)
-                return grid(x)
+    def seen(grid: Grid, name: str) -> Grid:
+        def run(x: Tensor) -> Tensor:
+            ran.add(name)
+            return grid(x)
 
-            return run
+        return run
 
-        setattr(module, NAME, tuple((operand, seen(grid)) for operand, grid in getattr(module, NAME)))
+    for name, grids in own.items():
+        watched = tuple((operand, seen(grid, name)) for operand, grid in grids)
+        setattr(model.get_submodule(name), NAME, watched)
     try:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except RuntimeError as error:
         raise Refused(
             f"{where}: a grid of a cache or an attention does not fit the model: {error}"
         ) from error
+    finally:
+        for name, grids in own.items():
+            setattr(model.get_submodule(name), NAME, grids)
     missing = sorted(attentions - ran)
     if missing:
         raise Refused(

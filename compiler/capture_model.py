@@ -17,10 +17,13 @@ from .capture_attention import NAME
 from .capture_class import build, is_causal
 from .capture_experts import use_experts
 from .capture_lists import registered
-from .description import own_block
+from .compressed_library import NAME as COMPRESSED_TENSORS
+from .description import METHOD, block_by
 from .errors import Refused
 
 HALF = (torch.bfloat16, torch.float16)
+LOADED = (METHOD, COMPRESSED_TENSORS)
+"""Every ``quant_method`` that ``load`` knows."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def subject(
 ) -> Subject:
     """Find out what is to be captured. Reads config.json at most; downloads a hub id's snapshot.
 
-    ``ours``: take a checkpoint that qc itself has quantized, with the config of the float model.
+    ``ours``: take a checkpoint that is quantized in a way that ``load`` knows, with the config of the float model.
 
     Raises:
         Refused: No config, one that cannot be read, remote code that is not trusted, an encoder-decoder, a
@@ -171,12 +174,13 @@ def _read_config(path: Path, trust_remote_code: bool, ours: bool = False) -> Any
         raise Refused(f"{file} is not valid JSON: {error}.\nDownload the checkpoint again.") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise Refused(f"{file} has no model_type, so transformers cannot tell what model it is.")
-    own = ours and own_block(path) is not None
+    own = ours and any(block_by(method, path) for method in LOADED)
     if raw.get("quantization_config") and not own:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise Refused(
-            f"{path} is quantized already (quant_method {method}).\n"
-            "Give the float checkpoint from which it was made."
+            f"{path} is quantized already (quant_method {method}"
+            + (f"; qc loads {' and '.join(LOADED)}).\n" if ours else ").\n")
+            + "Give the float checkpoint from which it was made."
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -123,11 +123,12 @@ def choose(
         report: Told of the progress.
 
     Raises:
-        Refused: The budget cannot be met; the closest point that can be is named.
+        Refused: The plan has problems whatever the formats, or the budget cannot be met; the closest point that can be
+            is named.
     """
     menu = menu_of(formats_of(choose_from), planned)
     ids = ids[: max(1, TOKENS // ids.shape[1])]
-    trial = _trial(planned(_scheme(menu, [_lowest(place.options) for place in menu.places])))
+    trial = _trial(planned(_scheme(menu, [_lowest(place.options) for place in menu.places])).require())
     program = trial.steps[-1].program
     noise = NoiseSweep(program, menu.places, ids, compute, report)
     Solver(trial, ids, _nowhere, compute=compute, report=report, watch=noise).run()
@@ -167,18 +168,16 @@ def _reaching(
 ) -> tuple[int, dict[int, float]]:
     """The point of fewest bits whose measured divergence is within ``max_kl``, and all that was measured."""
     measured: dict[int, float] = {}
-    wanted = [max_kl * 2.0**k for k in (1, 0, -1, -2, -3)]
+    near = (found.reaching(max_kl * 2.0**k) for k in (1, 0, -1, -2))
+    points = {0, len(found) - 1} | {point for point in near if point is not None}
     for _ in range(ROUNDS):
-        points = {p for one in wanted if (p := found.reaching(one)) is not None} | {len(found) - 1}
         if new := sorted(points - measured.keys()):
             measured |= measure(new)
         good = [p for p in sorted(measured) if measured[p] <= max_kl]
         bad = [p for p in sorted(measured) if measured[p] > max_kl and (not good or p < good[0])]
         if good and (not bad or good[0] - bad[-1] <= 1):
             break
-        high = float(found.errors[bad[-1]]) if bad else 8 * max(float(found.errors[good[0]]), max_kl)
-        low = max(float(found.errors[good[0] if good else -1]), high / 4096)
-        wanted = [low * (high / low) ** (k / (POINTS + 1)) for k in range(1, POINTS + 1)]
+        points = _between(found, bad[-1], good[0] if good else len(found) - 1)
     good = [p for p in sorted(measured) if measured[p] <= max_kl]
     if not good:
         best = min(measured, key=lambda p: measured[p])
@@ -188,6 +187,16 @@ def _reaching(
             f" Ask for more, or allow more bits with --choose-from"
         )
     return good[0], measured
+
+
+def _between(found: Curve, low: int, high: int) -> set[int]:
+    """Some points between two: all where they are few, else those in the middle and evenly over predicted errors."""
+    if high - low - 1 <= POINTS:
+        return set(range(low + 1, high))
+    most = float(found.errors[low])
+    least = max(float(found.errors[high]), most / 4096)
+    wanted = (least * (most / least) ** (k / POINTS) for k in range(1, POINTS))
+    return {(low + high) // 2} | {p for one in wanted if (p := found.reaching(one)) is not None}
 
 
 def _spread(found: Curve) -> list[int]:

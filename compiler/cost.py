@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 from .memory import peak_of
 from .plan import Plan
-from .scheme import FLOAT, LinearScheme
-from .targets.served import sites_of
+from .scheme import LinearScheme
+from .targets.served import LinearSite, sites_of
 
 GIB = 2**30
 
@@ -65,6 +67,15 @@ def stored_bits(out: int, width: int, scheme: LinearScheme) -> int:
     return scheme.weight.bits * out * width + 32 * out * groups * (1 if scheme.weight.symmetric else 2)
 
 
+def linear_bits(site: LinearSite, dtype: torch.dtype) -> int:
+    """Bits of a linear in a model of ``dtype``: those of its weight, and of what stands in float beside integers."""
+    bits = stored_bits(site.out_features, site.in_features, site.scheme)
+    if site.beside is None:
+        return bits
+    stored = site.beside.tensors(site.in_features, site.out_features, dtype).values()
+    return bits + sum(8 * dtype.itemsize * prod(shape) for dtype, shape in stored)
+
+
 def size(count: int) -> str:
     """Bytes for people."""
     if count >= GIB:
@@ -84,27 +95,16 @@ def cost_of(plan: Plan, *, peak: bool = True) -> Cost:
     ``peak``: whether to estimate peak memory. It starts from what this process holds now, so it is the one number
     here that varies between runs.
     """
-    blocks = {part.index for part in plan.final.blocks}
     bits, weights = 0, 0
-    beside = {site.name: site.beside for site in sites_of(plan)}
     packed = 0  # bytes that int4 weights save on the device
     schemes: dict[str, int] = {}
-    for node in plan.final.graph.nodes:
-        leaf = plan.final.leaf(node)
-        if leaf is None or leaf.kind != "linear" or node.meta["part"] not in blocks:
-            continue
-        scheme: LinearScheme = node.meta.get("scheme", FLOAT)
-        out, width = leaf.parameters["weight"][:: -1 if leaf.transposed else 1]
-        count = out * width
-        bits += stored_bits(out, width, scheme)
-        float_part = beside.get(str(node.target))
-        if float_part is not None:
-            stored = float_part.tensors(width, out, plan.dtype).values()
-            bits += sum(8 * dtype.itemsize * prod(shape) for dtype, shape in stored)
-        format = plan.formats.get(str(node.target))
+    for site in sites_of(plan):
+        count = site.out_features * site.in_features
+        bits += linear_bits(site, plan.dtype)
+        format = plan.formats.get(site.name)
         packed += count // 2 if format is not None and format.weight_bits == 4 and not format.packed else 0
         weights += count
-        name = str(scheme) if scheme.quantized else "float"
+        name = str(site.scheme) if site.scheme.quantized else "float"
         schemes[name] = schemes.get(name, 0) + 1
     try:
         disk = plan.layout.nbytes

@@ -17,6 +17,8 @@ from .numbered_names import folded, unfolded
 from .shards import find_shards, read_json
 
 DESCRIPTION = "quant_model_description.json"
+FOR_MINDIE = "quant_model_description_"
+"""How the description for MindIE begins; the type that names the model follows."""
 METHOD = "qc"
 """``quant_method`` of a ``quantization_config`` of ours."""
 FLOAT = "FLOAT"
@@ -39,20 +41,38 @@ def description_of(directory: Path) -> dict[str, Any] | None:
     """The description of a checkpoint: its file, or what config.json makes of the tensors; None of a float one.
 
     Raises:
-        Refused: The file or config.json cannot be read.
+        Refused: The file or config.json cannot be read, or there are several files and nobody says which counts.
     """
     if (directory / DESCRIPTION).is_file():
         return read_json(directory / DESCRIPTION)
     block = own_block(directory)
-    return None if block is None else described(block, find_shards(directory).entries)
+    return (
+        description_for_mindie(directory)
+        if block is None
+        else described(block, find_shards(directory).entries)
+    )
+
+
+def description_for_mindie(directory: Path) -> dict[str, Any] | None:
+    """The one description for MindIE in a directory, whatever type it is named after; None where there is none."""
+    found = sorted(directory.glob(f"{FOR_MINDIE}*.json"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise Refused(f"there are {len(found)} ({names}), and nobody says which counts")
+    return read_json(found[0]) if found else None
 
 
 def own_block(directory: Path) -> dict[str, Any] | None:
     """The ``quantization_config`` in a config.json, if it is one of ours."""
+    return block_by(METHOD, directory)
+
+
+def block_by(method: str, directory: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` in a config.json, if its ``quant_method`` is that one."""
     if not (directory / "config.json").is_file():
         return None
     block = read_json(directory / "config.json").get("quantization_config")
-    return block if isinstance(block, dict) and block.get("quant_method") == METHOD else None
+    return block if isinstance(block, dict) and block.get("quant_method") == method else None
 
 
 def block_of(description: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -140,12 +140,15 @@ def entries_of(directory: Path) -> list[dict[str, Any]]:
     """The entries that a finished compile left in its output.
 
     Raises:
-        Refused: The directory has no journal.
+        Refused: The directory has no journal, or one that cannot be read.
     """
     file = directory / FILE
     if not file.is_file():
         raise Refused(f"{directory} has no {FILE}: it is not the output of qc compile")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise Refused(f"{file}: not readable as lines of JSON ({error}); compile again") from None
 
 
 def quantized(entry: Mapping[str, Any]) -> list[str]:

@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from .capture_experts import register as register_experts
 from .capture_grids import check_grids_run
 from .capture_model import constants, is_hub_id, subject
-from .description import description_of, own_block
+from .compressed_library import NAME as COMPRESSED_TENSORS
+from .description import block_by, description_of, own_block
 from .errors import Refused
+from .load_compressed import load_compressed
 from .load_modules import QuantizedCheckpoint, check_exact, install
 from .shards import read_json
 from .weights import Checkpoint
@@ -25,7 +27,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     """The causal language model in a directory, in evaluation mode on CPU, read from its files alone.
 
     A directory with ``quant_model_description.json``, or with a ``quantization_config`` of qc in its config.json,
-    gets integer linears that compute what the served ones compute; any other is an ordinary float checkpoint.
+    gets integer linears that compute what the served ones compute. One of compressed-tensors is loaded through
+    transformers and the library of that name, and computes what they do. Any other is an ordinary float checkpoint.
 
     Args:
         path: A checkpoint directory, or a hub id.
@@ -34,11 +37,14 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
 
     Raises:
         Refused: No such directory; a tensor that is missing, unknown, of another shape or dtype; a type that
-            is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own.
+            is not in ``runtime.formats``; a quantized tensor where the model has no linear of its own; a checkpoint
+            of compressed-tensors without that library; one of another method.
     """
     register_experts()
     given = subject(path, config=None, trust_remote_code=False, ours=True)
     path = given.path or Path(path)
+    if block_by(COMPRESSED_TENSORS, path) is not None:
+        return load_compressed(path, dtype)
     description = description_of(path)
     stored = stored_dtype(path)
     chosen = replace(given, dtype=dtype or stored, stored=None)

@@ -31,7 +31,7 @@ from .errors import Refused
 from .export import CARD
 from .load import stored_dtype
 from .load_modules import QuantizedCheckpoint, check_exact, install
-from .shards import STEMS, find_shards
+from .shards import STEMS, find_shards, weights_file
 
 
 class Config(QuantizationConfigMixin):
@@ -82,12 +82,9 @@ class Quantizer(HfQuantizer):
         """Find the weights of an ascendv1 directory whose config.json does not name them: other tools' do not."""
         path = Path(getattr(config, "name_or_path", "") or "")
         if getattr(config, "transformers_weights", None) is None and path.is_dir():
-            for stem in STEMS:
-                for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-                    if (path / name).is_file():
-                        if stem != STEMS[0]:
-                            config.transformers_weights = name
-                        return config
+            found = weights_file(path)
+            if found is not None and not found.name.startswith(f"{STEMS[0]}."):
+                config.transformers_weights = found.name
         return config
 
     def _process_model_before_weight_loading(

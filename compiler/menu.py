@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from .cost import stored_bits
+from .cost import linear_bits
 from .errors import Refused
 from .operand import Quantize
 from .plan import Plan
@@ -28,7 +28,7 @@ class Place:
     options: tuple[LinearScheme, ...]
     """Fewest bits first."""
     bits: tuple[int, ...]
-    """Bits of all their weights in each, scales counted."""
+    """Bits of all their weights in each, scales counted, and what stands in float beside integers."""
 
     def __str__(self) -> str:
         first, *more = self.linears
@@ -85,64 +85,85 @@ def menu_of(formats: Iterable[LinearScheme], planned: Callable[[Scheme], Plan]) 
     Raises:
         Refused: Nothing can be quantized, or a place has no format at all; with the reasons.
     """
-    allowed: dict[str, dict[LinearScheme, None]] = {}
+    allowed: dict[str, dict[LinearScheme, int]] = {}
     sites: dict[str, LinearSite] = {}
     mixed: dict[str, str] = {}
     quantizable: set[str] = set()
-    why: list[str] = []
+    why: dict[str, str] = {}
     for scheme in formats:
         plan = planned(uniform(scheme))
         taken = _taken(plan, scheme)
         found = sites_of(plan)
         sites = sites or {site.name: site for site in found}
-        bad = [p for p in plan.target.check(found, facts_of(plan)) if p.severity == "error"]
-        why += [str(problem) for problem in bad]
-        where = {problem.site for problem in bad}
+        bad = _forbidden(plan)
+        why = {**bad, **why}
         quantizable |= taken if scheme.quantized else set()
         mixed |= _experts(plan)
         for site in found:
-            hit = any(site.name == one or site.name.startswith(f"{one}.") for one in where)
-            if not hit and (site.name in taken or not scheme.quantized):
-                allowed.setdefault(site.name, {})[scheme] = None
+            if not _hit(site.name, bad) and (site.name in taken or not scheme.quantized):
+                allowed.setdefault(site.name, {})[scheme] = linear_bits(site, plan.dtype)
     if not quantizable:
-        raise Refused(f"no pass of this plan quantizes linears in any of these formats{_first(why)}")
+        raise Refused(f"no pass of this plan quantizes linears in any of these formats{_reason(why)}")
     groups: dict[str, list[LinearSite]] = {}
     for site in sites.values():
         if site.name in quantizable:
             groups.setdefault(mixed.get(site.name) or min((site.name, *site.fused)), []).append(site)
     places = [_place(group, allowed, plan, why) for group in groups.values()]
     if not any(one.quantized for place in places for one in place.options):
-        raise Refused(f"no linear can be quantized in any of these formats{_first(why)}")
+        raise Refused(f"no linear can be quantized in any of these formats{_reason(why)}")
     fixed = [site for site in sites.values() if site.name not in quantizable]
     return Menu(
         tuple(places),
-        sum(16 * site.in_features * site.out_features for site in fixed),
+        sum(linear_bits(replace(site, scheme=FLOAT), plan.dtype) for site in fixed),
         sum(site.in_features * site.out_features for site in sites.values()),
     )
 
 
 def _place(
-    group: Sequence[LinearSite], allowed: dict[str, dict[LinearScheme, None]], plan: Plan, why: list[str]
-) -> Place:
+    group: Sequence[LinearSite], allowed: Mapping[str, Mapping[LinearScheme, int]], plan: Plan,
+    why: Mapping[str, str],
+) -> Place:  # fmt: skip
     options = [
         one for one in allowed.get(group[0].name, ()) if all(one in allowed.get(s.name, ()) for s in group)
     ]
     if not options:
-        raise Refused(f"{group[0].name} can have none of these formats{_first(why)}")
-    cost = {one: sum(stored_bits(s.out_features, s.in_features, one) for s in group) for one in options}
+        own = {where: said for where, said in why.items() if any(_hit(s.name, {where: said}) for s in group)}
+        raise Refused(f"{group[0].name} can have none of these formats{_reason(own or why)}")
+    cost = {one: sum(allowed[s.name][one] for s in group) for one in options}
     options.sort(key=lambda one: cost[one])
     part = next(n.meta["part"] for n in plan.program.graph.nodes if str(n.target) == group[0].name)
     return Place(tuple(s.name for s in group), part, tuple(options), tuple(cost[one] for one in options))
 
 
-def _first(why: Sequence[str]) -> str:
-    return f": {why[0]}" if why else ""
+def _forbidden(plan: Plan) -> dict[str, str]:
+    """Linears, and modules with linears, that a pass or the target refuses in a plan, with the reason."""
+    found: dict[str, str] = {}
+    for step in plan.steps:
+        for said in step.answer.problems:
+            found.setdefault(said.partition(":")[0], f"{step.what.name}: {said}")
+    for problem in plan.target.check(sites_of(plan), facts_of(plan)):
+        if problem.severity == "error":
+            found.setdefault(problem.site, str(problem))
+    return found
+
+
+def _hit(name: str, where: Iterable[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in where)
+
+
+def _reason(why: Mapping[str, str]) -> str:
+    return f": {next(iter(why.values()))}" if why else ""
 
 
 def _taken(plan: Plan, scheme: LinearScheme) -> set[str]:
-    """The linears to which a plan gives a format."""
+    """The linears to which a plan gives a format; a pass may keep single weights of them in float."""
     edits = (edit for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits)
-    return {e.site.module for e in edits if isinstance(e.operand, Quantize) and e.operand.scheme == scheme}
+    operands = ((edit.site.module, edit.operand) for edit in edits)
+    return {
+        name
+        for name, one in operands
+        if isinstance(one, Quantize) and replace(one.scheme, outliers=scheme.outliers) == scheme
+    }
 
 
 def _experts(plan: Plan) -> dict[str, str]:

@@ -25,6 +25,29 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("OUT")
 ```""",
+    "compressed-tensors": """```python
+from transformers import AutoModelForCausalLM  # with compressed-tensors installed
+
+model = AutoModelForCausalLM.from_pretrained("OUT")
+```""",
+    "numpy": """```python
+import numpy
+
+integers = numpy.load("OUT/quant_weight.npy", allow_pickle=True).item()  # module to array
+```
+
+The files are pickles, which can run code when they are read: read those of people whom you trust. The float model is
+needed beside them.""",
+    "pt2": """```python
+import torch
+import qc
+
+model = qc.load_program("OUT").module()
+ids = torch.ones(1, 8, dtype=torch.int64)
+logits = model(ids, torch.ones_like(ids))
+```
+
+`qc.load("OUT")` gives the model of transformers from the same directory.""",
     "": """```python
 import qc.hf
 from transformers import AutoModelForCausalLM

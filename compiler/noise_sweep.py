@@ -18,14 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .evaluate import ROWS
+from .errors import Failed
 from .fake_quant import quantized_linears
+from .logit_divergence import divergences_of
 from .menu import Place
 from .nearest import Nearest, alone
 from .observe import Observers
@@ -102,7 +104,17 @@ class NoiseSweep:
             self._block(part, tensors)
 
     def costs(self) -> list[list[float]]:
-        """Nats per token that each option of each place costs, by the order of the menu."""
+        """Nats per token that each option of each place costs, by the order of the menu.
+
+        Raises:
+            Failed: A block that is rounded somewhere computes no finite number.
+        """
+        for (i, one), error in self.local.items():
+            if not math.isfinite(error):
+                raise Failed(
+                    f"{self.places[i]} as {one}: what the block makes of it is not finite on the calibration data."
+                    " Compute in another --dtype (float32), or leave the format out"
+                )
         known = sorted(self.divergence)
         logs = [math.log(max(self.divergence[at], TINY)) for at in known]
         weight = {p.part: math.exp(np.interp(p.part, known, logs)) if known else 0.0 for p in self.places}
@@ -116,12 +128,12 @@ class NoiseSweep:
         here = [i for i, place in enumerate(self.places) if place.part == part.index]
         self._tell(part, f"noise of {len(here)} places, {len(self.carried)} streams")
         for one in self.carried:
-            one.stream.advance(self._run(one.stream, part, lowered), self.needed[part.index])
+            one.stream.advance(one.stream.outputs(self.program, part, lowered), self.needed[part.index])
         names = [name for i in here for name in self.places[i].linears]
         observers = Observers(
             (need for n in self.nearest.values() for name in names for need in n.needs(name)), self.peers
         )
-        outputs = self._run(self.clean, part, lowered, observers)
+        outputs = self.clean.outputs(self.program, part, lowered, observers)
         statistics = observers.results() if observers.wanted else {}
         integers: dict[str, Any] = {}
         schemes: dict[str, LinearScheme] = {}
@@ -132,14 +144,16 @@ class NoiseSweep:
                     continue
                 q, s = self.nearest[one].of(part.name, tensors, place.linears, statistics)
                 hook = quantized_linears(q, s, self.compute)
-                self.local[i, one] = error_of(outputs, self._run(self.clean, part, lowered, hook))
+                self.local[i, one] = error_of(outputs, self.clean.outputs(self.program, part, lowered, hook))
                 if part.index in self.carriers and one == next(o for o in place.options if o.quantized):
                     integers, schemes = {**integers, **q}, {**schemes, **s}
         if integers:
             self._carry(
                 part,
                 outputs,
-                self._run(self.clean, part, lowered, quantized_linears(integers, schemes, self.compute)),
+                self.clean.outputs(
+                    self.program, part, lowered, quantized_linears(integers, schemes, self.compute)
+                ),
             )
         self.clean.advance(outputs, self.needed[part.index])
 
@@ -156,20 +170,13 @@ class NoiseSweep:
 
     def _logits(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
         self._tell(part, f"logits of {len(self.carried)} streams")
-        totals, count = [0.0] * len(self.carried), 0
-        for index in range(len(self.clean.batches)):
-            reference = self.clean.logits(index, self.program, part, tensors)
-            count += reference.shape[0]
-            for i, one in enumerate(self.carried):
-                totals[i] += divergence(reference, one.stream.logits(index, self.program, part, tensors))
-        for total, one in zip(totals, self.carried, strict=True):
-            self.divergence[one.block] = total / count / max(one.share * one.error, TINY)
-
-    def _run(
-        self, stream: Stream, part: Part, tensors: Mapping[str, Tensor], hook: Any = None
-    ) -> list[Values]:
-        with torch.no_grad():
-            return [stream.run(i, self.program, part, tensors, (), hook) for i in range(len(stream.batches))]
+        clean, *noisy = (
+            partial(stream.logits, program=self.program, part=part, tensors=tensors)
+            for stream in (self.clean, *(one.stream for one in self.carried))
+        )
+        found = divergences_of(clean, noisy, len(self.clean.batches))
+        for kl, one in zip(found, self.carried, strict=True):
+            self.divergence[one.block] = kl / max(one.share * one.error, TINY)
 
     def _tell(self, part: Part, what: str) -> None:
         self.report(Progress(part.name, part.index, len(self.program.parts), what))
@@ -185,15 +192,6 @@ def error_of(clean: Sequence[Values], noisy: Sequence[Values]) -> float:
                 ratio = error / value.float().square().mean(-1).clamp(min=TINY)
                 total, count = total + float(ratio.sum()), count + ratio.numel()
     return total / max(count, 1)
-
-
-def divergence(reference: Tensor, other: Tensor) -> float:
-    """Sum over tokens of KL(reference || other) of logits [tokens, vocabulary], in nats."""
-    total = 0.0
-    for p, q in zip(reference.split(ROWS), other.split(ROWS), strict=True):
-        p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    return total
 
 
 def _between(value: Any, other: Any, t: float) -> Any:

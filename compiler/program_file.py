@@ -131,7 +131,8 @@ def load_program(path: str | Path) -> ExportedProgram:
     if not path.is_file():
         raise Refused(f"{path}: no such file; qc compile --target pt2 writes {PORTABLE}")
     try:
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:  # of the archive, of schemas
         reason = " ".join(str(error).split())[:300]
         hint = "; import torch_npu before reading it" if "npu" in reason else ""

@@ -178,7 +178,8 @@ def format_of(entry: Entry, side: str, reading: Reading, methods: Methods) -> tu
         return None, None
     dtype = _one_of(found["dtype"], "dtype", KNOWN_DTYPES, reading)
     scope = _one_of(found["scope"], "scope", KNOWN_SCOPES, reading)
-    method = _one_of(found["method"], "method", KNOWN_METHODS, reading)
+    allowed = methods.weight if side == "weight" else methods.act
+    method = _one_of(found["method"], "method", dict.fromkeys((*KNOWN_METHODS, *allowed)), reading)
     symmetric = found["symmetric"].value
     if not isinstance(symmetric, bool):
         reading.fault(
@@ -192,7 +193,6 @@ def format_of(entry: Entry, side: str, reading: Reading, methods: Methods) -> tu
         there = f"there are float, {', '.join(DTYPES)}"
         reading.fault(found["dtype"].line, f"dtype {dtype} of the {side} is not supported yet: {there}")
         return None, None
-    allowed = methods.weight if side == "weight" else methods.act
     if method not in allowed:
         there = f"there is {' or '.join(allowed)}"
         reading.fault(found["method"].line, f"method {method} of the {side} is not supported here: {there}")

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .contract import Fact, Pass
+from .edit import Verb
 from .operand import Quantize
 from .plan import Plan, Step
 from .scheme import Int, LinearScheme, Rule
@@ -83,6 +84,12 @@ def _items(step: Step) -> list[dict[str, Any]]:
     item: dict[str, Any] = {"type": ALIASES.get(what.name, what.name)}
     for name, value in _options(step).items():
         item[name] = _value(name, value, what)
+    if (
+        what.name == "flatquant"
+    ):  # takes what the scheme of the plan gives four bits, and a recipe has no scheme
+        made = _made(step, Verb.WRAP)
+        item |= {"include": globs(made, _linears(step))} if made else {}
+        item.pop("exclude", None)
     if what.name == "dynamic_cache":
         item["qconfig"] = {**GRID, "scope": "per_channel", "symmetric": item.pop("symmetric", True)}
     if what.name == "fa3_quant":
@@ -93,11 +100,9 @@ def _items(step: Step) -> list[dict[str, Any]]:
             name: {**GRID, "scope": scope} for name, scope in scopes.items() if scope != "float"
         }
     if Fact.QUANTIZED in what.provides and hasattr(what, "strategies"):
-        item.pop("weight_method", None)
-        item.pop("act_method", None)
+        for name in ("weight_method", "act_method", "strategies", "include", "exclude"):
+            item.pop(name, None)
         item["strategies"] = _strategies(step)
-        item.pop("include", None)
-        item.pop("exclude", None)
     return [item]
 
 
@@ -121,16 +126,8 @@ def _value(name: str, value: Any, what: Pass) -> Any:
 
 def _strategies(step: Step) -> list[dict[str, Any]]:
     """Formats of the linears that a pass takes, with globs that choose exactly them among those that are left."""
-    taken: dict[str, Quantize] = {
-        edit.site.module: edit.operand
-        for rewrite in step.answer.rewrites for edit in rewrite.edits
-        if isinstance(edit.operand, Quantize)
-    }  # fmt: skip
-    left = {
-        str(n.target)
-        for n in step.program.graph.nodes
-        if (leaf := step.program.leaf(n)) and leaf.kind == "linear"
-    }
+    taken: dict[str, Quantize] = _made(step, Verb.SWAP)
+    left = _linears(step)
     groups: dict[tuple[LinearScheme, str, str], list[str]] = {}
     default = step.what.weight_methods[0]
     for name, operand in taken.items():
@@ -140,6 +137,17 @@ def _strategies(step: Step) -> list[dict[str, Any]]:
         {"qconfig": _qconfig(scheme, weight, act), "include": globs(names, left)}
         for (scheme, weight, act), names in groups.items()
     ]
+
+
+def _made(step: Step, verb: Verb) -> dict[str, Any]:
+    """What a pass makes of linears with one verb, by name."""
+    edits = (edit for rewrite in step.answer.rewrites for edit in rewrite.edits)
+    return {edit.site.module: edit.operand for edit in edits if edit.verb is verb}
+
+
+def _linears(step: Step) -> set[str]:
+    leaves = ((str(node.target), step.program.leaf(node)) for node in step.program.graph.nodes)
+    return {name for name, leaf in leaves if leaf is not None and leaf.kind == "linear"}
 
 
 def globs(names: Iterable[str], among: Iterable[str]) -> list[str]:

@@ -101,7 +101,7 @@ def misfit(group: str, found: Any) -> str:
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """``unknown pass 'quarrot'; did you mean quarot?``, or the list of what there is."""
-    known = sorted(known)
+    known = sorted(set(known))
     found = close(name, known)
     hint = f"did you mean {' or '.join(found)}?" if found else f"there are {', '.join(known)}"
     return f"unknown {what} {name!r}; {hint}"

@@ -18,8 +18,10 @@ from .certificate import Edited, error, outcome
 from .contract import Pass, Rewrite
 from .errors import Failed, Refused
 from .part_work import restricted
-from .plan import Plan, make_plan
+from .plan import OF_THE_PASSES, Plan, make_plan
 from .proof import Evidence, neutral
+from .scheme import Rule, Scheme
+from .scheme_names import scheme_named
 
 PREFIX = "failed-proof-"
 
@@ -31,7 +33,7 @@ def write(out: Path, plan: Plan, found: Evidence) -> Path:
     named |= {f"row/{name}": value for name, value in found.rows.items() if isinstance(value, Tensor)}
     said = {
         "model": plan.program.path, "passes": ",".join(str(step.what) for step in plan.steps),
-        "scheme": plan.scheme.name, "target": plan.target.name, "tp": plan.tp, "seed": plan.seed,
+        **_said(plan.scheme), "target": plan.target.spelling, "tp": plan.tp, "seed": plan.seed,
         "part": found.part.index, "step": found.step.index, "where": found.rewrite.where, "math": found.math,
         "numbers": {name: value for name, value in found.rows.items() if isinstance(value, int)},
     }  # fmt: skip
@@ -82,7 +84,7 @@ def reproduce(
         raise Refused(f"{file}: the model was in memory: give it, reproduce(file, model=...)")
     program = capture(said["model"] if model is None else model, certify=False)
     plan = make_plan(
-        program, said["passes"] if passes is None else passes, scheme=said["scheme"], target=said["target"],
+        program, said["passes"] if passes is None else passes, scheme=_scheme(said), target=said["target"],
         tp=said["tp"], seed=said["seed"],
     )  # fmt: skip
     part = plan.program.parts[said["part"]]
@@ -101,6 +103,39 @@ def reproduce(
         math,
         said["math"],
     )
+
+
+def _said(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as it stands in the file: its name, and its rules where no scheme of that name is registered."""
+    if scheme == OF_THE_PASSES:
+        return {"scheme": None}
+    try:
+        known = scheme_named(scheme.name) == scheme
+    except Refused:
+        known = False
+    return {"scheme": scheme.name} | ({} if known else {"rules": [_rule(rule) for rule in scheme.rules]})
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "include": rule.include,
+        "exclude": rule.exclude,
+        "role": rule.role,
+        "scheme": rule.scheme.spelling,
+    }
+
+
+def _scheme(said: Mapping[str, Any]) -> str | Scheme | None:
+    if "rules" not in said:
+        return said["scheme"]
+    rules = (
+        Rule(
+            include=tuple(rule["include"]), exclude=tuple(rule["exclude"]), role=rule["role"],
+            scheme=scheme_named(rule["scheme"]).rules[0].scheme,
+        )
+        for rule in said["rules"]
+    )  # fmt: skip
+    return Scheme(said["scheme"], tuple(rules))
 
 
 def _of(plan: Plan, said: Mapping[str, Any], part: Any, file: str) -> tuple[Rewrite, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,12 @@ from .safetensors_io import Entry, read_header
 
 STEMS = ("model", "quant_model_weights")
 """How weight files begin: as transformers writes them, and in the ascendv1 layout."""
+MINDIE = "quant_model_weight_"
+"""How those for MindIE begin; the type that names the model follows."""
+NUMPY = "quant_weight.npy"
+"""The integers as ``--target numpy`` writes them."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,21 @@ def find_shards(directory: Path) -> Shards:
         Refused: No safetensors there, a shard that is missing, damaged or outside the directory, an index
             that does not agree with the shards, a tensor that two shards hold.
     """
-    for stem in STEMS:
-        single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-        if single.is_file():
-            return _read(directory, (single,), ())
-        if index.is_file():
-            return _indexed(directory, index)
-    raise Refused(nothing(directory))
+    found = weights_file(directory)
+    if found is None:
+        raise Refused(nothing(directory))
+    return _indexed(directory, found) if found.suffix == ".json" else _read(directory, (found,), ())
+
+
+def weights_file(directory: Path) -> Path | None:
+    """The file with all weights of a directory, or the index of its shards; None where there is neither."""
+    named = sorted(file.name for file in directory.glob(f"{MINDIE}*") if not _SHARD.search(file.name))
+    stems = (*STEMS, *(name.partition(".safetensors")[0] for name in named))
+    for stem in stems:
+        for file in (directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"):
+            if file.is_file():
+                return file
+    return None
 
 
 def _indexed(directory: Path, index: Path) -> Shards:
@@ -125,6 +139,12 @@ def nothing(directory: Path) -> str:
     packed = sorted(p.name for p in directory.glob("*.gguf"))
     if packed:
         return f"{directory}: {packed[0]} is GGUF, which qc does not read; give the float checkpoint in safetensors"
+    if (directory / NUMPY).is_file():
+        return (
+            f"{directory}: its weights are dictionaries in .npy files (--target numpy), which are pickles and can run"
+            " code when they are loaded: qc writes them and never reads them. Compile for --target modelslim or"
+            " transformers too, and load, measure and verify that: the integers are the same"
+        )
     found = sorted(p.name for p in directory.glob("*.safetensors"))
     hint = f"; {found[0]} is there, rename it if it is the whole model" if found else ""
     return f"{directory}: no weights: neither {STEMS[0]}.safetensors nor its sharded form with an index{hint}"

@@ -6,9 +6,9 @@ Values are those that the solve of the whole plan finds: a pass is solved once, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from .contract import Rewrite
 from .edit import Verb
 from .fake_quant import quantized_linears
 from .graph_edit import rewritten
-from .noise_sweep import divergence
+from .logit_divergence import divergences_of
 from .part_state import PartState
 from .part_work import cast
 from .plan import Plan, Step
 from .program import Part
 from .solve import Progress, Solved
-from .streams import Stream, Values, needed_after, prologue
+from .streams import Stream, needed_after, prologue
 
 
 @dataclass(frozen=True)
@@ -140,17 +140,14 @@ class StateSweep:
             return
         hook = quantized_linears(state.quantized, state.schemes, self.compute) if state else None
         stream = self.streams[number]
-        with torch.no_grad():
-            outputs: list[Values] = [
-                stream.run(i, program, part, tensors, (), hook) for i in range(len(stream.batches))
-            ]
+        outputs = stream.outputs(program, part, tensors, hook)
         stream.advance(outputs, self.needed[number][part.index])
 
     def _divergence(self, index: int, part: Part, tensors: Mapping[str, Tensor]) -> float:
         original, own = self.streams[0], self.streams[index + 1]
-        total, count = 0.0, 0
-        for i in range(len(original.batches)):
-            reference = original.logits(i, self.plan.program, part, self.head)
-            total += divergence(reference, own.logits(i, self.programs[index], part, tensors))
-            count += reference.shape[0]
-        return math.inf if math.isnan(total) else total / count
+        (found,) = divergences_of(
+            partial(original.logits, program=self.plan.program, part=part, tensors=self.head),
+            [partial(own.logits, program=self.programs[index], part=part, tensors=tensors)],
+            len(original.batches),
+        )
+        return found

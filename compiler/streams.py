@@ -56,6 +56,13 @@ class Stream:
         )
         return {node.name: self.settle(node.name, value, bases) for node, value in outputs.items()}
 
+    @torch.no_grad()
+    def outputs(
+        self, program: Program, part: Part, tensors: Mapping[str, Tensor], linear: LinearHook | None = None
+    ) -> list[Values]:
+        """The outputs of a part for every microbatch, where no rotation has changed the basis."""
+        return [self.run(i, program, part, tensors, (), linear) for i in range(len(self.batches))]
+
     def logits(
         self,
         index: int,

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .fake_quant import quantized_linears
+from .logit_divergence import divergences_of
 from .menu import uniform
 from .nearest import Nearest
-from .noise_sweep import divergence
 from .observe import Observers
 from .part_work import cast
 from .program import Part, Program
 from .roles import mixtures, peers
 from .scheme import LinearScheme
 from .solve import Progress
-from .streams import Stream, Values, needed_after, prologue
+from .streams import Stream, needed_after, prologue
 
 
 @dataclass
@@ -35,7 +35,7 @@ class TrialSweep:
     compute: torch.dtype
     report: Callable[[Progress], None] = lambda progress: None
     divergences: list[float] = field(default_factory=list)
-    """KL(float || choice) in nats per token, once the last part has run."""
+    """KL(float || choice) in nats per token, once the last part has run; infinite where one computes NaN."""
 
     def __post_init__(self) -> None:
         formats = dict.fromkeys(one for choice in self.choices for one in choice.values() if one.quantized)
@@ -70,7 +70,7 @@ class TrialSweep:
             need for one, linears in names.items() for n in linears for need in self.nearest[one].needs(n)
         )
         observers = Observers(needs, self.peers)
-        float_outputs = self._run(self.streams[0], part, lowered, observers)
+        float_outputs = self.streams[0].outputs(self.program, part, lowered, observers)
         statistics = observers.results() if observers.wanted else {}
         integers = {
             one: self.nearest[one].of(part.name, tensors, ns, statistics)[0] for one, ns in names.items()
@@ -80,19 +80,12 @@ class TrialSweep:
             hook = quantized_linears(
                 {name: integers[one][name] for name, one in mine.items()}, mine, self.compute
             )
-            stream.advance(self._run(stream, part, lowered, hook), needed)
+            stream.advance(stream.outputs(self.program, part, lowered, hook), needed)
         self.streams[0].advance(float_outputs, needed)
 
-    def _run(self, stream: Stream, part: Part, tensors: Mapping[str, Tensor], hook: Any) -> list[Values]:
-        with torch.no_grad():
-            return [stream.run(i, self.program, part, tensors, (), hook) for i in range(len(stream.batches))]
-
     def _logits(self, part: Part, tensors: Mapping[str, Tensor]) -> None:
-        totals, count = [0.0] * len(self.choices), 0
-        for index in range(len(self.streams[0].batches)):
-            reference, *others = (one.logits(index, self.program, part, tensors) for one in self.streams)
-            count += reference.shape[0]
-            totals = [
-                total + divergence(reference, other) for total, other in zip(totals, others, strict=True)
-            ]
-        self.divergences = [total / count for total in totals]
+        original, *others = (
+            partial(stream.logits, program=self.program, part=part, tensors=tensors)
+            for stream in self.streams
+        )
+        self.divergences = divergences_of(original, others, len(self.streams[0].batches))

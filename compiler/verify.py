@@ -18,14 +18,16 @@ from torch import Tensor
 from ..runtime.linear import IntegerLinear
 from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
-from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, description_of
+from .compressed_library import NAME as COMPRESSED_TENSORS
+from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, block_by, description_of
 from .errors import Refused
 from .export import MANIFEST, UNHASHED, digests
 from .journal import FILE as JOURNAL
 from .journal import quantized
 from .load_modules import format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
-from .shards import find_shards, read_json
+from .shards import NUMPY, Shards, find_shards, read_json
+from .targets.compressed_modules import modules_of_block
 
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
@@ -72,17 +74,13 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
     checks = [_files(path, manifest)]
     if model is not None:
         checks.append(_inputs(Path(model), manifest))
+    if (path / NUMPY).is_file():
+        unread = Check("tensors", "not looked at: .npy dictionaries are pickles, which qc never reads", ())
+        return (*checks, unread, _certificates(path, manifest, None))
     try:
-        shards = find_shards(path)
-        description = description_of(path)
-        if description is None:
-            raise Refused(
-                f"{path}: neither {DESCRIPTION} nor a quantization_config says what its tensors are"
-            )
-        dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
+        shards, modules, description, wrong = _linears(path)
     except Refused as error:
         return (*checks, Check("tensors", "", (str(error),)))
-    modules, wrong = modules_of(shards, description, dtype)
     checks.append(
         Check(
             "tensors",
@@ -93,6 +91,21 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
     count, wrong = _values(path, modules, description, _learned(path))
     checks.append(Check("values", f"{count} numbers are finite and in range", tuple(wrong)))
     return (*checks, _certificates(path, manifest, modules))
+
+
+def _linears(path: Path) -> tuple[Shards, dict[str, IntegerLinear], Mapping[str, Any], list[str]]:
+    """The tensors, the integer linears that they make, their types where a description has them, and what is wrong."""
+    shards = find_shards(path)
+    dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
+    block = block_by(COMPRESSED_TENSORS, path)
+    if block is not None:
+        modules, wrong = modules_of_block(shards, block, dtype or torch.bfloat16)
+        return shards, modules, {}, wrong + misfits(modules, shards)
+    description = description_of(path)
+    if description is None:
+        raise Refused(f"{path}: neither {DESCRIPTION} nor a quantization_config says what its tensors are")
+    modules, wrong = modules_of(shards, description, dtype)
+    return shards, modules, description, wrong
 
 
 def _files(path: Path, manifest: Mapping[str, Any]) -> Check:
@@ -198,6 +211,12 @@ def modules_of(
         want = FLOAT if owner is None or name.rpartition(".")[2] in floats else modules[owner].stored_type
         if kind not in (want, FLOAT if name.endswith(".bias") else want):
             wrong.append(f"{name} has the type {kind}, its linear is {want}")
+    return modules, wrong + misfits(modules, shards, exact=exact)
+
+
+def misfits(modules: Mapping[str, IntegerLinear], shards: Headers, *, exact: bool = True) -> list[str]:
+    """Tensors of integer linears that are missing, or of another dtype or shape; ``exact`` as for ``modules_of``."""
+    wrong: list[str] = []
     for prefix, module in modules.items():
         for leaf, tensor in module.state_dict().items():
             want, entry = (
@@ -210,7 +229,7 @@ def modules_of(
                 wrong.append(
                     f"{prefix}.{leaf} is {TensorSpec(entry.dtype, entry.shape)}, {module.type} needs {want}"
                 )
-    return modules, wrong
+    return wrong
 
 
 def _values(
@@ -328,7 +347,9 @@ VALUES: Mapping[str, Callable[[Tensor, IntegerLinear], str]] = {
 """What is asked of the values of each tensor of an integer linear."""
 
 
-def _certificates(path: Path, manifest: Mapping[str, Any], modules: Mapping[str, IntegerLinear]) -> Check:
+def _certificates(
+    path: Path, manifest: Mapping[str, Any], modules: Mapping[str, IntegerLinear] | None
+) -> Check:
     """Every rewrite of the plan is in the journal, and every one that claims to keep the function has its proof."""
     try:
         lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
@@ -360,7 +381,7 @@ def _certificates(path: Path, manifest: Mapping[str, Any], modules: Mapping[str,
         if want != got:
             wrong.append(f"{name}: the plan has {want} rewrites, the journal {got}")
     swapped = sum(len(quantized(entry)) for entry in entries)
-    if swapped != len(modules):
+    if modules is not None and swapped != len(modules):
         wrong.append(f"{len(modules)} linears are integers, the journal tells of {swapped}")
     math_, stored = (
         max((float(p.get(k, math.nan)) for p in proofs), default=0.0) for k in ("math", "stored")

@@ -16,6 +16,7 @@ from ..compiler.edit import Edit, Verb
 from ..compiler.errors import Failed
 from ..compiler.operand import Kronecker, Slot, Vector, stored_factors
 from ..compiler.pattern import Site
+from ..compiler.plan import OF_THE_PASSES
 from ..compiler.program import Program
 from ..compiler.roles import read_together
 from ..compiler.scheme import W4A4, LinearScheme, matches
@@ -132,7 +133,7 @@ class FlatQuant(Pass):
 
     def _wants(self, name: str, setting: Setting) -> bool:
         chosen = matches(name, self.include) and not matches(name, self.exclude)
-        return chosen and (not setting.scheme.rules or _flat(setting.scheme.of(name, setting.roles)))
+        return chosen and (setting.scheme == OF_THE_PASSES or _flat(setting.scheme.of(name, setting.roles)))
 
     def _transform(self, program: Program, group: tuple[str, ...], setting: Setting) -> Kronecker | str:
         width = width_in(program, group[0])

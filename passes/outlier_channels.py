@@ -14,12 +14,10 @@ from ..compiler.operand import Outliers, Slot, Statistic
 from ..compiler.pattern import Site
 from ..compiler.program import Program
 from ..compiler.roles import read_together
-from ..compiler.scheme import matches
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
-from .flatquant import LATE
-from .sites import block_linears, width_in
-from .svd_res import ONE
+from .sites import block_linears, chosen, width_in
+from .svd_res import AFTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ class OutlierChannels(Pass):
     provides = frozenset({Fact.BRANCHED})
     breaks = frozenset()
     before = {}
-    after = {linear: {**LATE, "svd_res": ONE, "outlier_channels": ONE, "flatquant": LATE["awq"]}}
+    after = {linear: AFTER}
     claim = EXACT
 
     threshold: float = 6.0
@@ -67,9 +65,7 @@ class OutlierChannels(Pass):
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per linear; those that read one value take the same channels out of it."""
         together, rewrites = read_together(program), []
-        for name in block_linears(program):
-            if not matches(name, self.include) or matches(name, self.exclude):
-                continue
+        for name in chosen(program, self.include, self.exclude):
             first, places = together[name][0], max(1, round(self.share * width_in(program, name)))
             slot = Slot(f"{first}/outliers", (places,), (Statistic("absmax", first),))
             edit = Edit(Verb.BRANCH, Site(name), Outliers(slot, setting.dtype))

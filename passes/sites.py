@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..compiler.program import Program
 from ..compiler.roles import routers
+from ..compiler.scheme import matches
 
 
 def width_in(program: Program, linear: str) -> int:
@@ -30,3 +33,8 @@ def block_linears(program: Program) -> dict[str, int]:
         if (leaf := program.leaf(node)) is not None and leaf.kind == "linear" and node.meta["part"] in blocks
         if str(node.target) not in left
     }
+
+
+def chosen(program: Program, include: Sequence[str], exclude: Sequence[str]) -> list[str]:
+    """Those of them that globs choose."""
+    return [name for name in block_linears(program) if matches(name, include) and not matches(name, exclude)]

@@ -13,13 +13,14 @@ from ..compiler.edit import Edit, Verb
 from ..compiler.operand import LowRank, Slot
 from ..compiler.pattern import Site
 from ..compiler.program import Program
-from ..compiler.scheme import matches
 from ..compiler.view import BlockView
 from ..patterns.linear import linear
 from .flatquant import LATE
-from .sites import block_linears, width_in, width_out
+from .sites import block_linears, chosen, width_in, width_out
 
 ONE = "a linear has one branch"
+AFTER = {**LATE, "svd_res": ONE, "outlier_channels": ONE, "flatquant": LATE["awq"]}
+"""What may not follow a pass that puts a float part beside linears, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class SvdRes(Pass):
     provides = frozenset({Fact.BRANCHED})
     breaks = frozenset()
     before = {}
-    after = {linear: {**LATE, "svd_res": ONE, "outlier_channels": ONE, "flatquant": LATE["awq"]}}
+    after = {linear: AFTER}
     claim = EXACT
 
     rank: int = 32
@@ -62,9 +63,7 @@ class SvdRes(Pass):
     def rewrite(self, program: Program, setting: Setting) -> Answer:
         """One rewrite per linear."""
         rewrites, problems = [], []
-        for name in block_linears(program):
-            if not matches(name, self.include) or matches(name, self.exclude):
-                continue
+        for name in chosen(program, self.include, self.exclude):
             out, width = width_out(program, name), width_in(program, name)
             if self.rank > min(out, width):
                 problems.append(f"{name}: rank={self.rank} is more than its {out} x {width} weight has")

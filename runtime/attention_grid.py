@@ -41,17 +41,24 @@ GRIDS = {"channel": channel_grid, "head": head_grid, "token": token_grid}
 """Scope to the function that puts x on its grid."""
 
 
-class CacheGrid(nn.Module):
-    """What of one projection is cached as int8: ``kv_cache_scale`` and ``kv_cache_offset``, float32 [heads · d]."""
+class CacheGrid:
+    """What of one projection is cached as int8, on a grid per channel.
 
-    def __init__(self, channels: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        self.register_buffer("kv_cache_scale", torch.empty(channels, device=device))
-        self.register_buffer("kv_cache_offset", torch.empty(channels, device=device))
+    The projection gets the tensors ``kv_cache_scale`` and ``kv_cache_offset``, float32 [heads · d], because that is
+    where they stand on disk.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(
+        self, projection: nn.Module, channels: int, device: torch.device | str | None = None
+    ) -> None:
+        self.projection = projection
+        projection.register_buffer("kv_cache_scale", torch.empty(channels, device=device))
+        projection.register_buffer("kv_cache_offset", torch.empty(channels, device=device))
+
+    def __call__(self, x: Tensor) -> Tensor:
         """[b, heads, t, d] as it comes back from the cache."""
-        return channel_grid(x, self.get_buffer("kv_cache_scale"), self.get_buffer("kv_cache_offset"))
+        own = self.projection.get_buffer
+        return channel_grid(x, own("kv_cache_scale"), own("kv_cache_offset"))
 
 
 class HeadGrid(nn.Module):

@@ -1,8 +1,9 @@
 """The ops of the namespace ``qc``: one definition gives the schema, the kernels, the fake kernel and the NPU body.
 
 A kernel is plain torch and is what the op means; it runs on CPU and CUDA. An NPU body calls only ``torch.ops.npu`` and
-makes views. It is registered for PrivateUse1, the key under which torch_npu registers its device, and it is the op's
-decomposition too: ``program.run_decompositions(decompositions())``. torch_npu itself is never imported here.
+makes views (but that of ``sparse_rows``, for which there is none). It is registered for PrivateUse1, the key under
+which torch_npu registers its device, and it is the op's decomposition too:
+``program.run_decompositions(decompositions())``. torch_npu itself is never imported here.
 """
 
 from __future__ import annotations

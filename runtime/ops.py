@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from . import cache_ops, norm, w4a4, w4a8, w8a8, weight_only
+from . import cache_ops, norm, sparse_rows, w4a4, w4a8, w8a8, weight_only
 from .op import decompositions as decompositions
 
-MODULES = (cache_ops, norm, w4a4, w4a8, w8a8, weight_only)
+MODULES = (cache_ops, norm, sparse_rows, w4a4, w4a8, w8a8, weight_only)
 """Where they are defined."""
 
 

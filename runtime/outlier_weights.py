@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .beside import Beside, Held
+from .sparse_rows import SPARSE_ROWS
 
 CSR = ("outlier_start", "outlier_column", "outlier_value")
 """Names of the tensors beside those of a linear: where each row begins [out + 1], columns and values [count]."""
@@ -22,16 +23,6 @@ def to_csr(mask: Tensor, weight: Tensor) -> dict[str, Tensor]:
     counts = torch.bincount(rows, minlength=len(mask))
     start = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     return dict(zip(CSR, (start, columns.to(_index(mask.shape[1])), weight[rows, columns]), strict=True))
-
-
-def sparse(start: Tensor, columns: Tensor, values: Tensor, in_features: int) -> Tensor:
-    """The sparse matrix [out, in], float32, coalesced COO."""
-    counts = start.long().diff()
-    rows = torch.repeat_interleave(torch.arange(len(counts), device=start.device), counts)
-    return torch.sparse_coo_tensor(
-        torch.stack([rows, columns.long()]), values.float(), (len(counts), in_features), is_coalesced=True,
-        check_invariants=True,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,9 +56,7 @@ class OutlierWeights(Beside):
 
     def product(self, x: Tensor, held: Held) -> Tensor:
         """The sparse matrix times x, in float32."""
-        matrix = sparse(*map(held, CSR), in_features=x.shape[-1])
-        rows = x.reshape(-1, x.shape[-1]).float()
-        return torch.sparse.mm(matrix, rows.T).T.reshape(*x.shape[:-1], matrix.shape[0])
+        return SPARSE_ROWS(x, *map(held, CSR))
 
     def wrong(self, leaf: str, tensor: Tensor, in_features: int) -> str:
         """Rows begin in order and end with the last value; columns lie inside."""

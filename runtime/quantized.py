@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .outlier_weights import CSR, sparse
+from .outlier_weights import CSR
 from .quantize import dequantize
+from .sparse_rows import sparse
 
 
 @dataclass(frozen=True, eq=False)

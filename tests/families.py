@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -121,3 +123,12 @@ def batch(
     if padded:
         mask[0, : shape[1] // 3] = 0
     return ids, mask
+
+
+def gpt_oss(path: Path) -> None:
+    """Save a tiny GPT-OSS, whose experts lie in stacks on disk."""
+    config = GptOssConfig(
+        **GQA | {"num_hidden_layers": 2}, num_local_experts=4, num_experts_per_tok=2, head_dim=16,
+        sliding_window=5, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    build(config).save_pretrained(path)

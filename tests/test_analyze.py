@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qc.compiler.analyze import Score as S
-from qc.compiler.analyze import analyze, quantile, report_text, std, to_exclude
+from qc.compiler.analyze import analyze, linears_of, quantile, report_text, std, to_exclude
 from qc.compiler.capture import capture
 from qc.compiler.cli import main
 from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
+from qc.compiler.plan import make_plan
+from qc.compiler.roles import routers
 from qc.compiler.spread import kurtosis
+from qc.compiler.targets.served import sites_of
 from tests.homes import SAMPLES, Home
 from tests.programs import captured
 
@@ -120,6 +123,18 @@ def test_linears_that_run_as_one_come_together_and_ties_come_too() -> None:
     assert to_exclude(program, scores, "linear", 1) == [f"{attention}.{n}_proj" for n in "qkv"]
     assert to_exclude(program, scores, "linear", 2)[3:] == [s.name for s in scores[1:]]
     assert to_exclude(program, [S("model.layers.0", 1.0)], "layer", 5) == ["model.layers.0.*"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_the_list_is_one_that_a_server_loads(family: str) -> None:
+    """Whatever is worst, a plan without it has no problem: the experts of a layer come together."""
+    program = captured(family)
+    every = [name for part in program.blocks for name in linears_of(program, part)]
+    for worst in [name for name in every if ".0." in name and name not in routers(program)]:
+        globs = to_exclude(program, [S(worst, 1.0)], "linear", 1)
+        found = make_plan(program, f"linear_quant{{exclude={'+'.join(globs)}}}", scheme="w8a8")
+        assert not found.problems, worst
+        assert worst not in {site.name for site in sites_of(found) if site.scheme.quantized}
 
 
 @pytest.mark.parametrize(

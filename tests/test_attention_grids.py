@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -270,6 +271,9 @@ BROKEN: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "does not fit": lambda tensors: tensors.update(
         {f"{ATTENTION}.k_proj.kv_cache_{leaf}": torch.ones(3) for leaf in ("scale", "offset")}
     ),
+    "is one number": lambda tensors: tensors.update(
+        {f"{ATTENTION}.k_proj.kv_cache_{leaf}": torch.ones(()) for leaf in ("scale", "offset")}
+    ),
 }
 
 
@@ -285,6 +289,20 @@ def test_a_broken_cache_is_refused(told: str, home: Callable[[str], Home], tmp_p
     index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, file.name)}))
     with pytest.raises(Refused, match=told):
         load(out)
+
+
+@pytest.mark.parametrize("passes", ["dynamic_cache", "fa3_quant"])
+def test_a_copy_of_a_loaded_model_has_grids_of_its_own(
+    passes: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    compiled(home("llama"), tmp_path / "out", passes, scheme="float", target="modelslim")
+    model = load(tmp_path / "out")
+    other, before = copy.deepcopy(model), logits(model)
+    for name, buffer in other.named_buffers():
+        if name.endswith("scale"):
+            buffer.mul_(8)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(other), before)
 
 
 def test_what_has_a_grid_gets_no_second_one() -> None:

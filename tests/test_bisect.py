@@ -28,7 +28,7 @@ from qc.compiler.bisect_text import bisect_json, bisect_text
 from qc.compiler.capture import capture
 from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
-from qc.compiler.noise_sweep import divergence
+from qc.compiler.logit_divergence import divergence
 from qc.compiler.program import Program
 from tests.homes import SAMPLES, Home, compiled
 from tests.pages import qc as command

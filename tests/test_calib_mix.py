@@ -221,12 +221,15 @@ def test_a_wrong_config_is_refused(content: str, why: str, tmp_path: Path) -> No
     ("reader", "file", "content", "why"),
     [
         (Boolq(), "a.jsonl", '{"inputs_pretokenized": "x", "id": 1}', "line 1: .*has inputs_pretokenized, id"),
-        (Boolq(), "a.jsonl", '{"question": "x", "passage": "y", "answer": "yes"}', "this answer is 'yes'"),
+        (Boolq(), "a.jsonl", '{"question": "x", "passage": "y", "answer": "yes"}', 'this answer is "yes"'),
         (Boolq(), "a.jsonl", "question,passage", "line 1: not readable as JSON"),
+        (Boolq(), "a.jsonl", '{"question": "x", "passage": null, "answer": true}', "this passage is null"),
+        (Boolq(), "a.jsonl", '{"question": "\\ud83d", "passage": "y", "answer": true}', r"line 1: half of .*ud83d"),
         (Boolq(), "a.jsonl", "[1]", r"this is \[1\]"),
         (Gsm8k(), "a.jsonl", '{"question": "x", "answer": "It is 4"}', "ends in 'It is 4'"),
         (Mmlu(), "val/law_val.csv", "question,A,B,C,D,answer\n", "row 1: .*6 columns"),
         (Mmlu(), "val/law_val.csv", "What?,a,b,c,A\n", "row 1: .*5 columns"),
+        (Mmlu(), "val/law_val.csv", '"' + "What?,a,b,c,d,A\n" * 9000, "not readable as CSV .*larger than"),
         (Mmlu(), "all/test.parquet", "PAR1", "it holds all/"),
         (Mmlu(), "test-00000.parquet", "PAR1", "Parquet is not read"),
         (Ceval(), "val/law_val.csv", "What?,a,b,c,d,A\n", "the first row is What"),
@@ -240,6 +243,39 @@ def test_a_set_that_does_not_look_like_its_kind_is_refused(
     path.write_text(content, encoding="utf-8")
     with pytest.raises(Refused, match=why):
         reader.read(path if file.endswith("jsonl") else tmp_path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column(Reader):
+    """A reader that cannot do without an option."""
+
+    column: str
+
+    def read(self, path: Path) -> list[Question]:
+        return []
+
+
+def test_a_set_without_questions_and_a_reader_without_its_options_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(Refused, match=r"set boolq: .*empty.jsonl holds no question"):
+        mix({"boolq": tmp_path / "empty.jsonl"}, sizes(boolq=1), out)
+    with pytest.raises(Refused, match="no data sets"):
+        mix({}, {}, out)
+    config = tmp_path / "mix.json"
+    config.write_text(
+        json.dumps({"configurations": [{"dataset_name": "mine", "dataset_path": ".", "column": "b"}]}),
+        encoding="utf-8",
+    )
+    with pytest.raises(Refused, match=r"column: the reader 'mine' that was given has its options already"):
+        read_config(config, {"mine": Column(column="a")})
+    monkeypatch.setattr("qc.compiler.calib_mix.registry.names", lambda group: {"mine": None})
+    monkeypatch.setattr("qc.compiler.calib_mix.registry.get", lambda group, name: Column)
+    assert read_config(config)["mine"].reader == Column(column="b")
+    with pytest.raises(Refused, match="mine: no column, which the reader mine needs"):
+        mix({"mine": tmp_path}, sizes(mine=1), out)
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,25 @@ def test_who_judges_is_in_no_set_that_is_compared() -> None:
     assert outside.last(frozenset()) == (9, 11)
 
 
+def test_enough_are_left_to_judge_again_and_to_check() -> None:
+    """All that judged nothing hurt: were all of them dropped, nobody could say whether that helps."""
+    for count in (8, 12, 33):
+        judges = Judges(count, seed=0)
+        hurts = [i for i in range(count) if i not in (*judges.groups[0], *judges.groups[1])][: count // 2]
+
+        def measure(trials: Sequence[Trial], hurts: list[int] = hurts) -> list[dict[int, float]]:
+            return [{q: 1.0 + len(trial.members & set(hurts)) for q in trial.judged} for trial in trials]
+
+        check = Check(frozenset(range(count)), hurts, (), judges)
+        check.run(measure, 0.01)
+        assert len(check.last) >= 2
+        assert check.drop
+        assert not check.refutes
+    assert list(Judges(8, 0).checkable(Judges(8, 0).order[:4])) == Judges(8, 0).order[:2]
+    with pytest.raises(Refused, match="3 windows, and 4 are needed"):
+        Judges(8, 0, range(8, 11))
+
+
 def test_a_gain_is_a_share_of_the_error_with_its_standard_error() -> None:
     gain = gain_of({0: 2.0, 1: 4.0}, {0: 1.0, 1: 3.5}, (0, 1))
     assert gain.mean == pytest.approx(1.5 / 6)
@@ -296,6 +315,8 @@ def test_the_command(spoiled: Home, tmp_path: Path, capsys: pytest.CaptureFixtur
     asked += ["--calib", str(spoiled.text), "--length", "24", "--out", str(tmp_path / "out.jsonl")]
     assert main(asked) == 0
     said = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*asked, "--force", "--curve", "c.svg"])  # nothing is chosen here
     assert said.startswith("20 samples, at most 24 tokens of each, for linear_quant --scheme w8a8-static")
     assert said.endswith(
         f"wrote {tmp_path / 'out.jsonl'}: {len(read_samples([tmp_path / 'out.jsonl']))} samples\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,13 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from qc.compiler.allocation import curve
 from qc.compiler.capture import capture
-from qc.compiler.choose import chosen
+from qc.compiler.choose import _reaching, chosen
 from qc.compiler.cli import main
 from qc.compiler.compile import Options, compile, plan
 from qc.compiler.cost import cost_of
 from qc.compiler.errors import Refused
-from qc.compiler.menu import formats_of, menu_of
+from qc.compiler.menu import Menu, formats_of, menu_of
 from qc.compiler.plan import Plan, make_plan
 from qc.compiler.recipe import read_recipe
 from qc.compiler.scheme import W4A4, W8A8
@@ -93,6 +94,45 @@ def test_a_bound_on_the_divergence_is_met_with_few_bits() -> None:
     fewer = [p for p in choice.points if p.bits < choice.point.bits and p.measured is not None]
     assert fewer
     assert all(p.measured is not None and p.measured > 0.002 for p in fewer)
+
+
+@pytest.mark.parametrize("times", [0.03, 0.3, 3.0, 30.0])
+def test_the_fewest_bits_are_found_where_predictions_are_wrong(times: float) -> None:
+    """A divergence that is measured as a multiple of what was predicted: the search still ends at the first point."""
+    costs = [[4 * n, 8 * n, 16 * n] for n in (3, 5, 7, 11, 13, 17)]
+    errors = [[0.3 / n, 0.02 / n, 0.0] for n in (1, 2, 3, 4, 5, 6)]
+    found = curve(costs, errors)
+    menu = Menu((), 0, 1)
+
+    def measure(points: Sequence[int]) -> dict[int, float]:
+        return {point: times * float(found.errors[point]) for point in points}
+
+    for max_kl in (1e-3, 0.01, 0.1, 1.0):
+        point, measured = _reaching(menu, found, max_kl, measure)
+        best = next(p for p in range(len(found)) if times * float(found.errors[p]) <= max_kl)
+        assert measured[point] <= max_kl
+        assert found.costs[point] <= 1.03 * found.costs[best]
+
+
+def test_what_stands_beside_integers_is_in_the_budget() -> None:
+    branch = "svd_res{rank=2, exclude=*mlp*},linear_quant"
+    found = asked("llama", branch, "modelslim", avg_bits=10, choose_from="w8a8")
+    assert found.choice is not None
+    assert cost_of(found).bits_per_weight == pytest.approx(found.choice.point.bits)
+    with pytest.raises(Refused, match=r"fewest are 8\.93 bits"):
+        asked("llama", branch, "modelslim", avg_bits=8.6, choose_from="w8a8")
+
+
+def test_a_format_that_a_pass_refuses_is_not_chosen() -> None:
+    """Of a width of 96 flatquant has no transform, so this place keeps eight bits."""
+    menu = menu_of(formats_of("w4a4,w8a8"), partial(_planned, "llama", "flatquant,gptq", "vllm-ascend"))
+    options = {str(place).rpartition(".")[2]: place.options for place in menu.places}
+    assert options["down_proj"] == (W8A8,)
+    assert options["o_proj"] == (W4A4, W8A8)
+    with pytest.raises(Refused, match=r"q_proj can have none of these formats: spqr: .*float activations"):
+        menu_of(formats_of("w8a8"), partial(_planned, "llama", "spqr", "modelslim"))
+    with pytest.raises(Refused, match="put iter_smooth before the quantizer"):
+        asked("llama", "linear_quant,iter_smooth", avg_bits=6)
 
 
 @pytest.mark.broad

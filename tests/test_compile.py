@@ -5,30 +5,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.random_llama import character_tokenizer
 from qc.compiler.compile import Options, Result, compile
 from qc.compiler.cost import cost_of
 from qc.compiler.errors import Refused
-from qc.compiler.execute import execute, inputs_of
-from qc.compiler.fake_quant import fake_act
 from qc.compiler.load import load
-from qc.compiler.solve import _PartSolver
 from qc.compiler.weights import Checkpoint
-from qc.runtime.quantize import dequantize
 from qc.runtime.w4a8 import unpack_pairs
 from tests.families import ALL, build
-from tests.homes import SAMPLES, TEXT, Home, compiled, logits, rows, tensors_of
+from tests.homes import SAMPLES, TEXT, Home, compiled, logits, tensors_of
 from tests.programs import captured, relative
+from tests.simulation import recorded, simulated
 
 SAME = 0.02
 """Nearly always 1e-6 to 1e-4; an activation on the edge between two integers falls to either side and makes more."""
@@ -57,6 +51,11 @@ EXPORTS = [
     ("llama-128", "w4a16-g64", "linear_quant", "modelslim", 0.4),
     ("llama-128", "w8a8-static", "iter_smooth{symmetric=false},linear_quant", "vllm-ascend", 0.05),
     ("llama-128", "float", "iter_smooth{symmetric=false}", "modelslim", 0.02),
+    ("llama-128", "w8a8", "linear_quant,dynamic_cache", "modelslim", 0.1),
+    ("llama-128", "w8a8", "linear_quant,dynamic_cache{symmetric=false}", "modelslim", 0.1),
+    ("phi3", "float", "dynamic_cache", "modelslim", 0.1),
+    ("llama-128", "w8a8", "fa3_quant,linear_quant", "modelslim", 0.2),
+    ("qwen3", "float", "fa3_quant{fa_k=per_token}", "modelslim", 0.2),
     ("llama-128", "w4a4", "iter_smooth,quarot{online=true},autoround{iters=2}", "vllm-ascend", 0.5),
     ("llama-128", "w4a16-g64", "autoround{iters=2}", "modelslim", 0.2),
     ("qwen3", "w8a8", ROTATED, "vllm-ascend", 0.03),
@@ -87,55 +86,6 @@ def test_the_export_computes_what_the_model_computes(
     assert relative(got, simulated(result, rounded)) < same, "the files are not what the compile rounded"
     assert scheme == "float" or relative(got, want) > 1e-4
     on_disk_as_planned(result)
-
-
-def recorded(patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the solver had in hand when it wrote each part."""
-    found: dict[str, Any] = {"tensors": {}, "quantized": {}, "schemes": {}}
-    write = _PartSolver._write
-
-    def keeping(self: _PartSolver) -> None:
-        wide = {n: rows.finished(self.plan.program, torch.float32) for n, rows in self.rowwise.items()}
-        found["tensors"] |= {**self.tensors, **wide}
-        found["quantized"] |= self.quantized
-        found["schemes"] |= self.schemes
-        write(self)
-
-    patch.setattr(_PartSolver, "_write", keeping)
-    return found
-
-
-def simulated(result: Result, held: Mapping[str, Any]) -> Tensor:
-    """The rewritten graph in float32 with linears on their grids, rounded where the served ops round."""
-    program, (ids, mask) = result.plan.final, rows()
-    tensors = {n: t.bfloat16().float() if t.is_floating_point() else t for n, t in held["tensors"].items()}
-
-    def linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        q = held["quantized"].get(name)
-        if q is None:
-            return F.linear(x, weight, bias)
-        scheme, y = held["schemes"][name], dequantize(q.weight, q.scale, q.offset)
-        if scheme.static:
-            assert q.input_scale is not None
-            steps = (
-                (x * q.input_scale.reciprocal().bfloat16().float() + q.input_offset).round().clamp(-128, 127)
-            )
-            grid = (q.input_scale * q.scale).flatten()
-            bias = None if q.bias is None else (q.bias / grid).round() * grid  # quant_bias
-            return F.linear((steps - q.input_offset) * q.input_scale, y, bias)
-        else:
-            y = F.linear(fake_act(x, scheme, q), y)
-        y = y.half().float() if scheme.act and scheme.act.bits == 4 and q.left is None else y
-        return y if q.bias is None else y + q.bias.bfloat16().float()
-
-    env: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    with torch.no_grad():
-        for part in program.parts:
-            given = {node: env[node.name] for node in inputs_of(program, part)}
-            found = execute(program, part, tensors, given, dtype=torch.float32, linear=linear)
-            env |= {node.name: value for node, value in found.items()}
-    (output,) = (node for node in program.graph.nodes if node.op == "output")
-    return env[output.args[0].name][mask.bool()]
 
 
 def on_disk_as_planned(result: Result) -> None:

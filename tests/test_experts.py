@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GptOssConfig
 
 from qc.compiler.capture import capture
 from qc.compiler.capture_experts import Stack
@@ -27,7 +26,7 @@ from qc.compiler.plan import make_plan
 from qc.compiler.roles import mixtures, peers, routers
 from qc.compiler.safetensors_io import read_header
 from qc.compiler.verify import verify
-from tests.families import GQA, build
+from tests.families import gpt_oss
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
 from tests.programs import captured, relative
@@ -157,14 +156,6 @@ def test_experts_in_four_bits_go_to_packed_files_and_back(
     save_file(stored, file)
     want, got = (logits(load(path, dtype=torch.float32)) for path in (place.path, out))
     assert 1e-3 < relative(got, want) < 0.3
-
-
-def gpt_oss(path: Path) -> None:
-    config = GptOssConfig(
-        **GQA | {"num_hidden_layers": 2}, num_local_experts=4, num_experts_per_tok=2, head_dim=16,
-        sliding_window=5, layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    build(config).save_pretrained(path)
 
 
 def test_a_stack_on_disk_is_cut_and_put_together_again(tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import qc.hf
 from qc.compiler.compile import Options, plan
 from qc.compiler.errors import Refused
+from qc.compiler.load import load
 from qc.compiler.recipe import read_recipe
 from qc.compiler.recipe_yaml import recipe_yaml
 from qc.compiler.targets.verdict import verdict
+from qc.compiler.verify import verify
 from tests.homes import Home, compiled, homes, logits, tensors_of
 
 PASSES = "iter_smooth{enable_subgraph_type=ov+up-down},linear_quant"
@@ -102,7 +105,7 @@ def test_what_transformers_would_make_up_is_told(home: Home, tmp_path: Path) -> 
 def test_without_the_library_the_plan_says_what_to_install(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qc.compiler.targets.compressed_tensors.find_spec", lambda name: None)
+    monkeypatch.setattr("qc.compiler.compressed_library.find_spec", lambda name: None)
     found = plan(home.program, "linear_quant", Options(scheme="w8a8", target="compressed-tensors"))
     assert any("pip install 'qc[compressed-tensors]'" in problem for problem in found.problems)
     with pytest.raises(Refused, match="pip install"):
@@ -136,6 +139,12 @@ def test_mindie_has_its_own_file_names(scheme: str, kind: str, home: Home, tmp_p
     }
     assert description["model_quant_type"] == kind.upper()
     assert verdict(out, "mindie").word == "loads"
+    assert verdict(out, "modelslim").word == "refuses", "other readers look for other names"
+    plain = compiled(home, tmp_path / "plain", PASSES, scheme=scheme, target="modelslim").path
+    assert torch.equal(logits(load(out)), logits(load(plain)))
+    theirs = AutoModelForCausalLM.from_pretrained(out, quantization_config=qc.hf.Config())
+    assert torch.equal(logits(theirs), logits(load(plain)))
+    assert [check.wrong for check in verify(out)] == [()] * 4
 
 
 def test_mindie_takes_w8a8_alone(home: Home) -> None:
@@ -173,6 +182,24 @@ def test_numpy_holds_the_same_numbers_as_the_safetensors(home: Home, tmp_path: P
         assert np.array_equal(array, tensors[name].float().numpy())
     with pytest.raises(Refused, match="written and never read"):
         verdict(tmp_path / "npy", "numpy")
+    with pytest.raises(Refused, match=r"qc writes them and never reads them. Compile for --target modelslim"):
+        load(tmp_path / "npy")
+    checks = {check.name: check for check in verify(tmp_path / "npy")}
+    assert not [check for check in checks.values() if check.wrong]
+    assert checks["tensors"].looked_at.startswith("not looked at")
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("compressed-tensors", 'AutoModelForCausalLM.from_pretrained("OUT")\n'),
+        ("numpy", 'numpy.load("OUT/quant_weight.npy"'),
+        ("mindie", 'from_pretrained("OUT", quantization_config=qc.hf.Config())'),
+    ],
+)
+def test_the_card_says_how_to_read_it(target: str, words: str, home: Home, tmp_path: Path) -> None:
+    out = compiled(home, tmp_path / "out", "linear_quant", scheme="w8a8", target=target).path
+    assert words in (out / "README.md").read_text()
 
 
 def test_numpy_refuses_rewritten_floats(home: Home) -> None:

@@ -30,6 +30,9 @@ PLANS = [
         "w8a8-static",
     ),
     ("llama-128", "fuse_norms,rotate_heads,autoround{iters=7}", "w4a16-g64"),
+    ("llama-128", "flatquant,gptq", "auto"),
+    ("llama-128", "linear_quant{weight_method=clip}", "w8a8"),
+    ("llama-128", "spqr", "w4a16-g64-asym"),
     (
         "llama-128",
         "awq{weight_qconfig=w4a16-g64@clip},flex_awq_ssz{qconfig=w8a8},linear_quant{include=*.o_proj}",

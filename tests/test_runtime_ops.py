@@ -18,6 +18,7 @@ from qc.runtime.kronecker import rotate
 from qc.runtime.low_rank import LowRankBranch
 from qc.runtime.op import decompositions
 from qc.runtime.outlier_channels import OutlierChannels
+from qc.runtime.outlier_weights import OutlierWeights, to_csr
 from qc.runtime.w8a8 import W8A8Dynamic
 from qc.runtime.w8a8_mix import W8A8Mix
 
@@ -39,6 +40,8 @@ def offsets(top: int) -> Tensor:
 
 
 X = randn(2, 5, IN).to(BF16)
+CSR = to_csr(randn(OUT, IN, seed=3) > 2.2, randn(OUT, IN).to(BF16))
+"""Rows of a sparse matrix, some of them empty."""
 ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "w8a8_dynamic": lambda: (X, integers(OUT, IN, 127), scale(OUT, 1), None, randn(OUT).to(BF16)),
     "w8a8_dynamic_tensor": lambda: (X, integers(OUT, IN, 127), scale(OUT, 1), None, randn(OUT).to(BF16)),
@@ -55,6 +58,7 @@ ARGUMENTS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "dequantize": lambda: (integers(4, IN, 127), scale(IN), None, BF16),
     "dynamic_quantize": lambda: (X,),
     "rms_norm": lambda: (X, randn(IN).to(BF16), 1e-5),
+    "sparse_rows": lambda: (X, *CSR.values()),
 }  # fmt: skip
 
 
@@ -180,22 +184,40 @@ def test_a_module_exports_as_one_op_for_any_number_of_tokens(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
 
 
-@pytest.mark.parametrize("beside", [LowRankBranch(4), OutlierChannels(3)], ids=str)
+@pytest.mark.parametrize(
+    "beside", [LowRankBranch(4), OutlierChannels(3), OutlierWeights(len(CSR["outlier_value"]))], ids=str
+)
 def test_what_stands_beside_is_added_to_one_op(beside: Beside) -> None:
     held = dict(example("W8A8_DYNAMIC", bias=True).state_dict())
     for leaf, (kind, shape) in beside.tensors(IN, OUT, BF16).items():
         held[leaf] = randn(*shape, seed=6).to(kind)
     if "outlier_index" in held:
         held["outlier_index"] = torch.tensor([5, 40, -1], dtype=torch.int32)
+    held |= CSR if "outlier_start" in held else {}
     module, x = W8A8Dynamic(IN, OUT, bias=True, beside=beside), randn(2, 5, IN).to(BF16)
     module.load_state_dict(held)
     read = module.get_buffer
     op = OPS.w8a8_dynamic(beside.rest(x, read), module.weight, module.scale, None, None)
-    wanted = op + beside.product(x, read) + read("bias")
+    wanted = (op + beside.product(x, read)).to(BF16) + read("bias")
     assert torch.equal(module(x), wanted)
     program = torch.export.export(module, (x,), dynamic_shapes={"x": {1: torch.export.Dim.AUTO}})
-    assert len([n for n in program.graph.nodes if str(n.target).startswith("qc.")]) == 1
+    ops = [str(n.target) for n in program.graph.nodes if str(n.target).startswith("qc.")]
+    assert ops.count("qc.w8a8_dynamic.default") == 1
     assert torch.equal(program.module()(x), wanted)
+    longer = randn(2, 9, IN, seed=4).to(BF16)
+    assert torch.equal(program.module()(longer), module(longer))
+
+
+def test_a_product_with_sparse_rows_is_one_with_the_dense_matrix() -> None:
+    dense = torch.zeros(OUT, IN)
+    mask = randn(OUT, IN, seed=3) > 2.2
+    dense[mask] = randn(OUT, IN).to(BF16).float()[mask]
+    assert bool((~mask).all(1).any()), "a row without values"
+    wanted = X.double() @ dense.double().T
+    for run in (OPS.sparse_rows.default, decompositions()[OPS.sparse_rows.default]):
+        found = run(X, *CSR.values())
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mix_exports_the_phase_that_is_set() -> None:

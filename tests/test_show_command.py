@@ -92,6 +92,13 @@ def test_model_explorer_json_has_every_edge(model: str, tmp_path: Path) -> None:
     }
 
 
+def test_a_journal_that_is_cut_off_is_refused(model: str, tmp_path: Path) -> None:
+    (tmp_path / "qc_journal.jsonl").write_text('{"where": "mod', encoding="utf-8")
+    status, said = qc(["show", model, "--journal", str(tmp_path)])
+    assert status == 2
+    assert "qc_journal.jsonl: not readable as lines of JSON" in said
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -21,8 +21,9 @@ from qc.passes.column_rounding import gptq, inverse_diagonal
 from qc.passes.outlier_search import outlier_mask
 from qc.passes.weight_scale import weight_grid
 from qc.runtime.linear import IntegerLinear
-from qc.runtime.outlier_weights import CSR, OutlierWeights, sparse, to_csr
+from qc.runtime.outlier_weights import CSR, OutlierWeights, to_csr
 from qc.runtime.quantize import dequantize
+from qc.runtime.sparse_rows import sparse
 from tests.homes import Home, compiled, logits, tensors_of
 from tests.plans import planned
 from tests.programs import relative

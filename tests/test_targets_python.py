@@ -16,6 +16,7 @@ import qc
 import qc.hf
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
+from qc.compiler.targets.verdict import verdict
 from tests.homes import Home, compiled, rows
 
 SMOOTH = "iter_smooth,linear_quant"
@@ -25,6 +26,7 @@ CASES = [
     ("qwen3", "iter_smooth,linear_quant", "w8a8-static"),
     ("llama-128", "flatquant,linear_quant", "w4a4"),
     ("llama", "dynamic_cache,linear_quant", "w8a8"),
+    ("llama", "fa3_quant{fa_k=per_token},linear_quant", "w8a8"),
     ("mixtral", "linear_quant", "experts-w4a8"),
     ("qwen3_moe", SMOOTH, "w8a8"),
 ]
@@ -72,15 +74,26 @@ def test_an_ascendv1_directory_names_its_index(home: Callable[[str], Home], tmp_
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "w8a8"), ("mixtral", "w8a8"), ("qwen3", "auto")])
-def test_pt2(home: Callable[[str], Home], tmp_path: Path, family: str, scheme: str) -> None:
-    out = compiled(home(family), tmp_path / "out", SMOOTH, scheme=scheme, target="pt2").path
+@pytest.mark.parametrize(
+    ("family", "passes", "scheme"),
+    [
+        ("llama", SMOOTH, "w8a8"),
+        ("mixtral", SMOOTH, "w8a8"),
+        ("qwen3", SMOOTH, "auto"),
+        ("llama-128", "spqr{outliers=0.02}", "w4a16-g64"),
+    ],
+)
+def test_pt2(home: Callable[[str], Home], tmp_path: Path, family: str, passes: str, scheme: str) -> None:
+    out = compiled(home(family), tmp_path / "out", passes, scheme=scheme, target="pt2").path
     ids, mask = rows()
     with torch.no_grad():
         found, wanted = qc.load_program(out).module()(ids, mask), logits(load(out))
     off = (found.float() - wanted.float()).norm() / wanted.float().norm()
     assert off < 1e-2
     assert qc.verify(out)[0].wrong == ()
+    assert verdict(out, "pt2").word == "loads"
+    (out / "model.pt2").write_bytes(b"cut")
+    assert [finding.tensor for finding in verdict(out, "pt2").findings] == ["model.pt2"]
 
 
 @pytest.mark.real

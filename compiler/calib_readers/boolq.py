@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import Refused
 from .question import Question, Reader, file_in, objects_of
 
 WHAT = "BoolQ has one object per line, with question, passage and answer (true or false)"
+KEYS = {"question": str, "passage": str, "answer": bool}
 FILES = ("train.jsonl", "dev.jsonl")
 """In a directory the first that is there: what is calibrated on should not be what is evaluated on."""
 
@@ -23,10 +23,8 @@ class Boolq(Reader):
     def read(self, path: Path) -> list[Question]:
         """Passage, question, and yes or no."""
         found: list[Question] = []
-        for where, item in objects_of(file_in(path, FILES, WHAT), WHAT, ("question", "passage", "answer")):
-            if not isinstance(item["answer"], bool):
-                raise Refused(f"{where}: {WHAT}; this answer is {item['answer']!r}")
+        for _, item in objects_of(file_in(path, FILES, WHAT), WHAT, KEYS):
             title = f"{item['title']} -- " if item.get("title") else ""
-            prompt = f"{title}{item['passage']}\nQuestion: {str(item['question']).rstrip('?')}?\nAnswer:"
+            prompt = f"{title}{item['passage']}\nQuestion: {item['question'].rstrip('?')}?\nAnswer:"
             found.append(Question(prompt, "yes" if item["answer"] else "no", ("yes", "no")))
         return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import Refused
-from .question import Question, listing, text_of
+from .question import Question, Reader, listing, text_of
 
 LETTERS = ("A", "B", "C", "D")
 
@@ -31,38 +31,45 @@ class Item:
         return "\n".join([self.question, *lines, "Answer:"])
 
 
-def questions(
-    folder: Path, splits: Sequence[str], shots: int, what: str, header: bool, intro: str
-) -> list[Question]:
-    """The questions of all subjects of a folder, each after ``shots`` solved ones of its subject.
+@dataclass(frozen=True, kw_only=True)
+class Exam(Reader):
+    """``SPLIT/SUBJECT_SPLIT.csv`` below a directory; each question may follow solved ones of its subject."""
 
-    Args:
-        folder: Holds ``SPLIT/SUBJECT_SPLIT.csv``.
-        splits: Where questions come from: the first split that is there. Solved ones come from ``dev``.
-        shots: How many solved questions precede.
-        what: What the format is, for refusals.
-        header: Whether the first row names the columns.
-        intro: The line above solved questions, with ``{subject}``.
-    """
-    if not folder.is_dir():
-        found = "this is a file" if folder.exists() else "no such directory"
-        raise Refused(f"{folder}: {found}; {what}")
-    split = next((split for split in splits if sheets(folder, split)), None)
-    if split is None:
-        raise Refused(f"{folder}: {what}; {listing(folder)}")
-    solved, found = sheets(folder, "dev"), list[Question]()
-    for subject, sheet in sheets(folder, split).items():
-        own = items(sheet, what, header)
-        before = items(solved[subject], what, header) if shots and subject in solved else []
-        if len(before) < shots:
-            raise Refused(
-                f"{folder}/dev/{subject}_dev.csv: {len(before)} solved questions, and shots is {shots}: "
-                f"choose shots <= {len(before)}"
+    shots: int = 0
+    """Solved questions of the subject, from ``dev``, that precede each question."""
+
+    what: ClassVar[str]
+    """What the format is, for refusals."""
+    splits: ClassVar[tuple[str, ...]]
+    """Where questions come from: the first split that is there."""
+    header: ClassVar[bool]
+    """Whether the first row names the columns."""
+    intro: ClassVar[str]
+    """The line above solved questions, with ``{subject}``."""
+
+    def read(self, path: Path) -> list[Question]:
+        """The questions of all subjects."""
+        if not path.is_dir():
+            found = "this is a file" if path.exists() else "no such directory"
+            raise Refused(f"{path}: {found}; {self.what}")
+        split = next((split for split in self.splits if sheets(path, split)), None)
+        if split is None:
+            raise Refused(f"{path}: {self.what}; {listing(path)}")
+        solved, found = sheets(path, "dev"), list[Question]()
+        for subject, sheet in sheets(path, split).items():
+            own = items(sheet, self.what, self.header)
+            before = (
+                items(solved[subject], self.what, self.header) if self.shots and subject in solved else []
             )
-        head = intro.format(subject=subject.replace("_", " ")) + "\n\n" if shots else ""
-        head += "".join(f"{item.prompt} {item.answer}\n\n" for item in before[:shots])
-        found += [Question(head + item.prompt, item.answer, LETTERS, subject) for item in own]
-    return found
+            if len(before) < self.shots:
+                raise Refused(
+                    f"{path}/dev/{subject}_dev.csv: {len(before)} solved questions, and shots is {self.shots}: "
+                    f"choose shots <= {len(before)}"
+                )
+            head = self.intro.format(subject=subject.replace("_", " ")) + "\n\n" if self.shots else ""
+            head += "".join(f"{item.prompt} {item.answer}\n\n" for item in before[: self.shots])
+            found += [Question(head + item.prompt, item.answer, LETTERS, subject) for item in own]
+        return found
 
 
 def sheets(folder: Path, split: str) -> dict[str, Path]:
@@ -73,7 +80,11 @@ def sheets(folder: Path, split: str) -> dict[str, Path]:
 
 def items(sheet: Path, what: str, header: bool) -> list[Item]:
     """The rows of a sheet. Refused where one is no question with four choices and a letter."""
-    rows = list(csv.reader(io.StringIO(text_of(sheet, what), newline="")))
+    read = csv.reader(io.StringIO(text_of(sheet, what), newline=""))
+    try:
+        rows = list(read)
+    except csv.Error as error:
+        raise Refused(f"{sheet}, line {read.line_num}: not readable as CSV ({error}); {what}") from None
     columns = [*range(6)]
     if header:
         names = [name.strip() for name in rows[0]] if rows else []

@@ -10,6 +10,7 @@ from ..errors import Refused
 from .question import Answers, Question, Reader, file_in, objects_of
 
 WHAT = "GSM8K has one object per line, with question and answer; the answer ends in #### and a number"
+KEYS = {"question": str, "answer": str}
 FILES = ("train.jsonl", "test.jsonl")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 LONGEST = 256
@@ -26,11 +27,11 @@ class Gsm8k(Reader):
     def read(self, path: Path) -> list[Question]:
         """The question, and the number behind ``####``."""
         found: list[Question] = []
-        for where, item in objects_of(file_in(path, FILES, WHAT), WHAT, ("question", "answer")):
-            _, mark, result = str(item["answer"]).rpartition("####")
+        for where, item in objects_of(file_in(path, FILES, WHAT), WHAT, KEYS):
+            _, mark, result = item["answer"].rpartition("####")
             number = NUMBER.search(result)
             if not mark or number is None:
-                raise Refused(f"{where}: {WHAT}; this one ends in {str(item['answer'])[-30:]!r}")
+                raise Refused(f"{where}: {WHAT}; this one ends in {item['answer'][-30:]!r}")
             prompt = f"Question: {item['question']}\nLet's think step by step\nAnswer:"
             found.append(Question(prompt, plain(number[0])))
         return found

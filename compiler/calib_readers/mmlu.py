@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from .exam import questions
-from .question import Question, Reader
-
-WHAT = (
-    "MMLU is a directory with val/SUBJECT_val.csv or test/SUBJECT_test.csv, "
-    "six columns without a header: question, four choices, letter"
-)
-INTRO = "The following are multiple choice questions (with answers) about {subject}."
+from .exam import Exam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mmlu(Reader):
+class Mmlu(Exam):
     """``val/SUBJECT_val.csv``, else ``test/SUBJECT_test.csv``, without a header.
 
     **Source.** MMLU (arXiv 2009.03300), ``cais/mmlu``.
     """
 
-    shots: int = 0
-    """Solved questions of the subject, from ``dev``, that precede each question."""
-
-    def read(self, path: Path) -> list[Question]:
-        """The questions of all subjects."""
-        return questions(path, ("val", "test"), self.shots, WHAT, False, INTRO)
+    what = (
+        "MMLU is a directory with val/SUBJECT_val.csv or test/SUBJECT_test.csv, "
+        "six columns without a header: question, four choices, letter"
+    )
+    splits = ("val", "test")
+    header = False
+    intro = "The following are multiple choice questions (with answers) about {subject}."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..calibration import check_unicode
 from ..errors import Refused
 
 
@@ -60,8 +61,11 @@ class Reader(ABC):
         return model.continued(question.prompt, 32).strip().startswith(question.answer)
 
 
-def objects_of(path: Path, what: str, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a ``.jsonl`` file with their places. Refused for a line that is none or lacks a key."""
+def objects_of(path: Path, what: str, keys: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a ``.jsonl`` file with their places.
+
+    Refused for a line that is none, lacks one of the keys, or has something of another type there.
+    """
     for number, line in enumerate(text_of(path, what).split("\n"), start=1):
         if not line.strip():
             continue
@@ -72,9 +76,12 @@ def objects_of(path: Path, what: str, keys: Sequence[str]) -> Iterator[tuple[str
             raise Refused(f"{where}: not readable as JSON ({error.msg}); {what}") from None
         if not isinstance(item, dict):
             raise Refused(f"{where}: {what}; this is {json.dumps(item)[:40]}")
-        missing = [key for key in keys if key not in item]
-        if missing:
+        check_unicode(item, where)
+        if any(key not in item for key in keys):
             raise Refused(f"{where}: {what}; this one has {', '.join(item) or 'no keys'}")
+        for key, kind in keys.items():
+            if not isinstance(item[key], kind):
+                raise Refused(f"{where}: {what}; this {key} is {json.dumps(item[key])[:40]}")
         yield where, item
 
 

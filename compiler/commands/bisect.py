@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     """Declare the command."""
     what = "say which pass of a plan hurts what the model says, and at which places"
     command = commands.add_parser("bisect", help=what, description=what)
-    solve_options(command, samples=32, counted="calibration windows")
+    solve_options(command)
     command.add_argument(
         "--max-kl", dest="limit", type=float, metavar="K",
         help="the first step past K nats per token of divergence from the float model (default: the step that"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .options import options_of, passes_of, plan_options
+from .options import options_of, passes_of, solve_options
 
 
 def add(commands: Any) -> None:
@@ -40,7 +40,7 @@ def _add_mix(commands: Any) -> None:
 def _add_refine(commands: Any) -> None:
     what = "leave out samples that hurt, add bad cases"
     command = commands.add_parser("refine", help=what, description=what)
-    plan_options(command, samples=64, counted="samples that are looked at")
+    solve_options(command, samples=64, counted="samples that are looked at")
     command.add_argument(
         "--add", action="append", default=[], nargs="+", metavar="FILE", help="bad cases to add to the set"
     )

@@ -9,11 +9,9 @@ from typing import Any
 from ..errors import Refused
 
 
-def plan_options(
-    command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
-) -> None:
-    """The options that ``compile``, ``plan`` and ``calib refine`` share; ``--samples`` counts what a command says."""
-    solve_options(command, samples, counted)
+def plan_options(command: argparse.ArgumentParser) -> None:
+    """The options that ``compile`` and ``plan`` share."""
+    solve_options(command)
     choosing_options(command)
     command.add_argument(
         "--print-after", action="append", default=[], metavar="PASS",
@@ -42,8 +40,10 @@ def choosing_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def solve_options(command: argparse.ArgumentParser, samples: int, counted: str) -> None:
-    """The options of whatever solves a plan."""
+def solve_options(
+    command: argparse.ArgumentParser, samples: int = 32, counted: str = "calibration windows"
+) -> None:
+    """The options of whatever solves a plan; ``--samples`` counts what a command says."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     what = command.add_mutually_exclusive_group(required=True)
     what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')

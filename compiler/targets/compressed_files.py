@@ -5,14 +5,25 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from ..capture_experts import stacks_of
 from ..capture_sizes import model_on_meta
+from ..expert_weights import Piece
+from ..load_modules import renaming
 from ..shards import find_shards
 from .stored import stored
 from .target import Finding
 from .vllm_parameters import Parameter
 from .vllm_tensors import fits
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationConfig
 
 
 def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
@@ -31,6 +42,7 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
         why = "it has no quantization_config of compressed-tensors: transformers takes the model for float"
         return (*found, Finding("refuses", "C1", "config.json", why))
     model = model_on_meta(directory, trust_remote_code)
+    name_of = renaming(model)
     try:
         config = QuantizationConfig.model_validate(dict(block))
         with redirect_stderr(io.StringIO()):  # progress bars of the library
@@ -43,21 +55,66 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
             Finding("refuses", "C1", "config.json", f"the library refuses its quantization_config: {reason}"),
         )
     find_shards(directory)  # transformers reads by the same names
-    wanted = {name: (t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    wanted = {name: Parameter(t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    names = {disk: disk if disk in wanted else name_of(disk) for disk in files.entries}
+    own, held = _of_experts(model, config, set(names.values()))
+    wanted = {name: parameter for name, parameter in wanted.items() if name not in held} | own
     ties = _ties(model)
-    for name, entry in files.entries.items():
+    for disk, entry in files.entries.items():
+        name = names[disk]
         if name in ties:
             continue
-        if name not in wanted:
-            found.append(
-                Finding("ruins", "C2", name, "the model has no such tensor: transformers leaves it out")
-            )
+        if name in wanted:
+            found += [_renamed(one) for one in fits(files, disk, entry, wanted[name])]
+        elif name.removesuffix("weight") + "weight_packed" in own:
+            why = "it is of an expert, and transformers loads those from packed integers alone, in one scheme"
+            found.append(Finding("refuses", "C5", disk, why))
         else:
-            found += [_renamed(one) for one in fits(files, name, entry, Parameter(*wanted[name]))]
-    for name in wanted:
-        if name not in files.entries and name not in ties and not name.endswith("_zero_point"):
+            found.append(
+                Finding("ruins", "C2", disk, "the model has no such tensor: transformers leaves it out")
+            )
+    for name in sorted(wanted.keys() - set(names.values()) - ties):
+        if not name.endswith("_zero_point"):
             found.append(Finding("ruins", "C3", name, "it is in no file: transformers makes it up at random"))
     return tuple(found)
+
+
+def _of_experts(
+    model: nn.Module, config: QuantizationConfig, names: set[str]
+) -> tuple[dict[str, Parameter], set[str]]:
+    """What the linears of experts have on disk where each has its own, and the stacks that they become in the model.
+
+    transformers makes them floats when it loads them, by the scheme of the first group whose pattern names experts, or
+    of the first that names no pattern.
+    """
+    own: dict[str, Parameter] = {}
+    held: set[str] = set()
+    groups = list(config.config_groups.values())
+    meant = [g for g in groups if any(t.startswith("re:") and "experts" in t for t in g.targets)]
+    plain = [g for g in groups if any(not t.startswith("re:") for t in g.targets)]
+    scheme = next(iter([*meant, *plain, *groups]), None)
+    weights = scheme.weights if scheme is not None else None
+    if weights is None:
+        return own, held
+    for prefix, module in model.named_modules():
+        for stack in stacks_of(module):
+            whole = f"{prefix}.{stack.name}"
+            if stack.leaf != "weight" or whole in names:
+                continue
+            held.add(whole)
+            for expert, (place, linear) in product(range(stack.experts), enumerate(stack.linears)):
+                out, width = Piece(whole, stack, expert, place).shape
+                leaves = {
+                    "packed": (torch.int32, (out, -(-width * weights.num_bits // 32))),
+                    "scale": (
+                        module.get_parameter(stack.name).dtype,
+                        (out, width // (weights.group_size or width)),
+                    ),
+                    "shape": (torch.int64, (2,)),
+                }
+                for leaf, spec in leaves.items():
+                    own[f"{prefix}.{expert}.{linear}.weight_{leaf}"] = Parameter(*spec)
+    return own, held
 
 
 def _ties(model: object) -> set[str]:

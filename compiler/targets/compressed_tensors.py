@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.linear import IntegerLinear
-from ..errors import Refused
+from ..compressed_library import INSTALL, NAME, check_installed, is_installed
 from ..safetensors_io import TensorSpec
 from ..scheme import Int, LinearScheme
 from . import ascendv1
@@ -24,8 +23,8 @@ from .compressed_formats import (
 from .served import LinearSite, ModelFacts
 from .target import DiskNames, Finding, Layout, Problem, Target
 
-INSTALL = "pip install 'qc[compressed-tensors]'"
-LIBRARY = "compressed_tensors"
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""The target that means every linear of every expert."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,10 @@ class CompressedTensors(Target):
         return None
 
     def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
-        """Schemes that it does not write, experts, and whatever needs a place that the model's code has not."""
+        """Schemes that it does not write, experts that transformers does not load, what has no place in its code."""
         found: list[Problem] = []
-        if find_spec(LIBRARY) is None:
-            found.append(Problem("library", "target", "compressed-tensors is not installed", INSTALL))
+        if not is_installed():
+            found.append(Problem("library", "target", f"{NAME} is not installed", INSTALL))
         for site in sites:
             weight = site.scheme.weight
             if site.rotated or site.online is not None or site.beside or site.divided:
@@ -84,15 +83,11 @@ class CompressedTensors(Target):
                     "group", site.name, f"groups of {weight.group} do not divide its {site.in_features} channels",
                     "take a group size that does, or exclude it",
                 ))  # fmt: skip
-            if site.expert or site.transposed:
-                what = (
-                    "an expert's, and transformers holds experts in stacks"
-                    if site.expert
-                    else "stored as [in, out]"
-                )
-                found.append(
-                    Problem("module", site.name, f"its weight is {what}", "exclude it from quantization")
-                )
+            if site.transposed:
+                found.append(Problem(
+                    "module", site.name, "its weight is stored as [in, out]", "exclude it from quantization"
+                ))  # fmt: skip
+        found += expert_problems(sites)
         for norm in model.norm_biases:
             found.append(Problem(
                 "norm-bias", norm.norm, f"{norm.added_by} gives it a bias, for which the model has no place",
@@ -119,7 +114,8 @@ class CompressedTensors(Target):
         """The tensors of the library's formats, under the names of the checkpoint."""
         made = ascendv1.layout(parameters, sites, model, names, self.format_of)
         schemes = {site.name: site.scheme for site in sites if site.name in made.prefixes}
-        return replace(made, metadata={"schemes": schemes})
+        in_stack = frozenset(site.name for site in sites if site.in_stack)
+        return replace(made, metadata={"schemes": schemes, "in_stack": in_stack})
 
     def stem(self, layout: Layout) -> str:
         """Where transformers looks for weights."""
@@ -127,7 +123,7 @@ class CompressedTensors(Target):
 
     def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         """With the ``quantization_config`` that the library makes of the schemes."""
-        return {**config, "quantization_config": quantization_config(layout.metadata["schemes"])}
+        return {**config, "quantization_config": quantization_config(**layout.metadata)}
 
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """None: config.json says it all."""
@@ -137,24 +133,62 @@ class CompressedTensors(Target):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """What transformers does with a directory: the library's own modules say which tensors they want."""
-        if find_spec(LIBRARY) is None:
-            raise Refused(f"compressed-tensors is not installed: {INSTALL}")
+        check_installed()
         from .compressed_files import judged
 
         return judged(directory, trust_remote_code)
 
 
-def quantization_config(schemes: Mapping[str, LinearScheme]) -> dict[str, Any]:
-    """The block of config.json for linears of these schemes, made and checked by the library."""
+def expert_problems(sites: Sequence[LinearSite]) -> Iterator[Problem]:
+    """Experts that transformers holds in stacks: it makes their weights floats when it loads them, all in one way.
+
+    From 5.23 on it does so with packed weights beside float activations. It expects that of every expert of the model.
+    """
+    if not any(site.scheme.quantized for site in sites):
+        return
+    fix = "take w4a16 or w8a16 for all experts (quantize the other linears as you like), or --target transformers"
+    experts = [site for site in sites if site.in_stack]
+    first = next((site.scheme for site in experts if site.scheme.quantized), None)
+    for site in experts:
+        if site.stored_together:
+            if site.scheme.quantized:
+                yield Problem(
+                    "experts", site.name, "it lies in a stack with other experts on disk, and transformers has no"
+                    " name for one of them", "exclude the experts from quantization, or --target transformers",
+                )  # fmt: skip
+        elif not site.scheme.quantized:
+            yield Problem(
+                "experts", site.name, "transformers does not load float experts beside quantized linears"
+                " (CompressedTensorsDequantize)", fix,
+            )  # fmt: skip
+        elif site.scheme.act is not None:
+            yield Problem(
+                "experts", site.name, f"{site.scheme}: transformers loads experts with float activations alone, and"
+                " makes their weights floats", fix,
+            )  # fmt: skip
+        elif site.scheme != first:
+            yield Problem(
+                "experts", site.name, f"{site.scheme} beside experts of {first}: transformers loads all of them in"
+                " one scheme", fix,
+            )  # fmt: skip
+
+
+def quantization_config(
+    schemes: Mapping[str, LinearScheme], in_stack: frozenset[str] = frozenset()
+) -> dict[str, Any]:
+    """The block of config.json for linears of these schemes, made and checked by the library.
+
+    Those of experts ``in_stack`` are meant by one pattern, by which transformers knows their group.
+    """
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
-    groups: dict[LinearScheme, list[str]] = {}
+    groups: dict[LinearScheme, dict[str, None]] = {}
     for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
+        groups.setdefault(scheme, {})[EXPERTS if name in in_stack else name] = None
     formats = {one: "pack-quantized" if one.act is None else "int-quantized" for one in groups}
     made = {
         f"group_{number}": QuantizationScheme(
-            targets=names,
+            targets=list(names),
             weights=_args(scheme.weight, "channel"),
             input_activations=_args(scheme.act, "tensor"),
             format=formats[scheme],  # pyright: ignore[reportArgumentType]

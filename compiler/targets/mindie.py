@@ -13,9 +13,9 @@ from torch import Tensor
 from ...runtime.linear import IntegerLinear
 from ...runtime.quantized import QuantizedLinear
 from ...runtime.w8a8 import W8A8
-from ..errors import Refused
+from ..description import FOR_MINDIE, description_for_mindie
 from ..scheme import LinearScheme
-from ..shards import read_json
+from ..shards import MINDIE as STEM
 from . import ascendv1
 from .ascendv1_files import consistent
 from .modelslim import ModelSlim
@@ -24,8 +24,6 @@ from .target import Finding, Layout, Problem
 
 KINDS = ("W8A8", "W8A8_DYNAMIC")
 """Integer types that its saver writes."""
-STEM = "quant_model_weight_"
-DESCRIPTION = "quant_model_description_"
 
 
 class MindieW8A8(W8A8):
@@ -84,7 +82,7 @@ class Mindie(ModelSlim):
 
     def files(self, layout: Layout) -> Mapping[str, Mapping[str, Any]]:
         """The description file, named after the type too."""
-        return {f"{DESCRIPTION}{kind_of(layout)}.json": ascendv1.description(layout)}
+        return {f"{FOR_MINDIE}{kind_of(layout)}.json": ascendv1.description(layout)}
 
     def finish(self, directory: Path, layout: Layout) -> None:
         """One file of weights has no number and no index."""
@@ -97,22 +95,12 @@ class Mindie(ModelSlim):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """Whether tensors and description agree; what MindIE does beyond that nobody here has read."""
-        return consistent(directory, f"{DESCRIPTION}*.json", _described)
+        return consistent(directory, f"{FOR_MINDIE}*.json", description_for_mindie)
 
 
 def kind_of(layout: Layout) -> str:
     """The type that names the model, in lower case."""
     return str(ascendv1.description(layout)["model_quant_type"]).lower()
-
-
-def _described(directory: Path) -> dict[str, Any] | None:
-    """The one description of a directory, whatever type it is named after."""
-    found = sorted(directory.glob(f"{DESCRIPTION}*.json"))
-    if len(found) > 1:
-        raise Refused(
-            f"there are {len(found)} ({', '.join(file.name for file in found)}), and nobody says which counts"
-        )
-    return read_json(found[0]) if found else None
 
 
 MINDIE = Mindie()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...runtime.linear import IntegerLinear
-from ..description import description_of
+from ..description import DESCRIPTION, description_of, own_block
 from ..safetensors_io import TensorSpec
 from ..scheme import LinearScheme
 from . import ascendv1
@@ -96,7 +96,13 @@ class ModelSlim(Target):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """Whether tensors and description agree; no one reader is meant."""
-        return consistent(directory, ascendv1.DESCRIPTION, description_of)
+        return consistent(directory, ascendv1.DESCRIPTION, _described)
+
+
+def _described(directory: Path) -> dict[str, Any] | None:
+    """The description, but not one for MindIE alone, which other readers of the layout do not find."""
+    known = (directory / DESCRIPTION).is_file() or own_block(directory) is not None
+    return description_of(directory) if known else None
 
 
 MODELSLIM = ModelSlim()

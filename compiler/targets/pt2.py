@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ...runtime.ops import npu_known
+from ..errors import Refused
 from .modelslim import ModelSlim
 from .served import LinearSite, ModelFacts
-from .target import Problem
+from .target import Finding, Problem
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -57,6 +58,21 @@ class Pt2(ModelSlim):
                 "the model has no config of transformers, from which its program could be made; take another --target"
             )
         return tuple(found)
+
+    def judge(
+        self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
+    ) -> tuple[Finding, ...] | None:
+        """Whether tensors and description agree, and, with ``deep``, whether torch reads the program."""
+        found = super().judge(directory, tp=tp, deep=deep, trust_remote_code=trust_remote_code) or ()
+        if not deep:  # it is not written yet
+            return found
+        from ..program_file import PORTABLE, load_program
+
+        try:
+            load_program(directory)
+        except Refused as error:
+            return (*found, Finding("refuses", "P1", PORTABLE, str(error).partition(": ")[2]))
+        return found
 
     def add(self, directory: Path) -> None:
         """The programs."""

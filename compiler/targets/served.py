@@ -10,6 +10,7 @@ import torch
 from ...runtime.beside import Beside
 from ...runtime.outlier_weights import OutlierWeights
 from ..attention_sites import attention_sites
+from ..capture_experts import STACKS
 from ..edit import Verb
 from ..laws import is_attention, shape
 from ..operand import Branch, Hadamard, Kronecker, Stub
@@ -57,6 +58,10 @@ class LinearSite:
     """Whether a tensor-parallel server cuts its input channels and not its outputs."""
     expert: bool = False
     """Whether it belongs to one expert of a mixture."""
+    in_stack: bool = False
+    """Whether transformers holds its weight in a stack with those of other experts."""
+    stored_together: bool = False
+    """Whether the input checkpoint stores it so too."""
     transposed: bool = False
     """Whether the input checkpoint stores its weight as [in, out]."""
 
@@ -142,6 +147,8 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
     """The linears of the blocks, in the order of the graph."""
     program, roles, together = plan.final, roles_of(plan.program), read_together(plan.program)
     blocks = {part.index: number for number, part in enumerate(program.blocks)}
+    split = {name for name, module in plan.program.root.named_modules() if hasattr(module, STACKS)}
+    together_on_disk = {name for names in getattr(plan.program.source, "together", ()) for name in names}
     sites: list[LinearSite] = []
     for node in program.graph.nodes:
         leaf, name = program.leaf(node), str(node.target)
@@ -172,6 +179,8 @@ def sites_of(plan: Plan) -> tuple[LinearSite, ...]:
                 reads_with=tuple(other for other in together.get(name, ()) if other != name),
                 row_parallel=name in roles["row_parallel"],
                 expert=name in roles["expert"],
+                in_stack=name.rpartition(".")[0].rpartition(".")[0] in split,
+                stored_together=name in together_on_disk,
                 transposed=leaf.transposed,
             )
         )
