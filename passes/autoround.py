@@ -87,7 +87,7 @@ class AutoRound(Pass):
         Per learned weight training keeps 16 bytes (what the start rounded, offsets, momentum, the best state) and a
         step 32 (the graph that fakes the weight, gradients, a new state). Per token of a microbatch a backward pass
         reads inputs and outputs of all linears from the first learned one on. Per entry of a Hessian GPTQ takes 44
-        bytes (itself, its inverse and factors in float64), of which the preconditioner keeps 4 for training.
+        bytes (itself, its inverse and factors in float64); half a byte of the preconditioner is kept for training.
         """
         mine = [one for one in block.linears if one.scheme is not None and one.scheme.weight is not None]
         dense = 5 * sum(one.out * one.width for one in mine)
@@ -102,7 +102,7 @@ class AutoRound(Pass):
         start = 44 * max(hessians) + 24 * max(sizes)
         trained = self.training.moves
         step = 32 * sum(sizes) + backward if trained else 0
-        held = (16 if trained else 12) * sum(sizes) + 4 * sum(hessians)
+        held = (16 if trained else 12) * sum(sizes) + sum(hessians) // 2
         return dense + max(backward, held + max(start + block.walked, step))
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:
