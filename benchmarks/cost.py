@@ -159,7 +159,7 @@ def floor(name: str, model: torch.nn.Module, tokens: Tensor) -> Spent:
     work = hessians if name == "gptq" else steps
     found, some = Spent(0, 0), layers[::SAMPLED]  # type: ignore[index]
     for one in some:
-        found += spent(lambda one=one: work(one, model, tokens))
+        found += spent(lambda one=one: work(one, model, tokens))  # type: ignore[arg-type]
     share = len(layers) / len(some)  # type: ignore[arg-type]
     return Spent(found.wall * share, found.cpu * share)
 
