@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ class Measured:
 
     seconds: float
     """Wall-clock time from start to end, imports included."""
+    cpu: float
+    """Seconds on the CPU, of all its threads, user and system."""
     peak: int
     """VmHWM in bytes: the most memory that was resident, pages of mapped files included."""
     output: str
@@ -52,7 +55,7 @@ def run_python(code: str, *arguments: str | Path, quiet: bool = True) -> Measure
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "peak"
         command = [sys.executable, "-c", CHILD, str(place), code, *map(str, arguments)]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), children()
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
@@ -65,4 +68,10 @@ def run_python(code: str, *arguments: str | Path, quiet: bool = True) -> Measure
         if done.returncode != 0:
             said = "\n".join((done.stdout + (done.stderr or "")).strip().splitlines()[-20:])
             raise RuntimeError(f"{' '.join(map(str, arguments))}: exit status {done.returncode}\n{said}")
-        return Measured(seconds, int(place.read_text()) * 1024, done.stdout)
+        return Measured(seconds, children() - before, int(place.read_text()) * 1024, done.stdout)
+
+
+def children() -> float:
+    """Seconds on the CPU of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

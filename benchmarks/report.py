@@ -16,7 +16,7 @@ from typing import Any
 
 from .records import results_folder
 
-KEYS = ("row", "model", "layers")
+KEYS = ("row", "model", "layers", "case")
 """What tells the rows of one benchmark apart, the first of these that a row has."""
 HIDDEN = ("when", "cores", "machine", "torch")
 ELSEWHERE = ("reach",)

@@ -137,7 +137,8 @@ class BlockSize:
     @property
     def walked(self) -> int:
         """Bytes that a walk keeps between two linears: the residual stream and what is read next, of all tokens."""
-        return 2 * self.itemsize * self.calibration * self.hidden
+        widest = max((one.width for one in self.linears), default=0)
+        return self.itemsize * self.calibration * (self.hidden + widest)
 
     @property
     def activations(self) -> int:
@@ -215,6 +216,11 @@ class Pass(ABC):
     def needs_training(self) -> bool:
         """Whether ``solve`` runs the block with gradients, on its own inputs and targets."""
         return False
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether ``solve`` compares with what the float block computes."""
+        return self.needs_training
 
     @property
     def propagates_quantized(self) -> bool:

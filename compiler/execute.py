@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from .attention import attend
 from .errors import Failed, Refused
 from .experts import COMBINED
-from .interpret import Semantics, call, interpret
+from .interpret import Semantics, arguments, call, interpret
 from .program import Leaf, Part, Program
 from .stretch import STRETCH, InFloat64, run_stretch
+
+ATTENTION = torch.ops.qc.attention.default
 
 Observer = Callable[[fx.Node, tuple[Any, ...], Any], None]
 
@@ -252,6 +255,9 @@ def _value(run: _Run, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         return run.leaf(node, leaf, tuple(env[a] if isinstance(a, fx.Node) else a for a in node.args))
     if node.target is STRETCH:
         return run.stretch(node, env)
+    if node.target is ATTENTION and torch.is_grad_enabled():  # the op would run it again in its backward pass
+        args, kwargs = arguments(node, env, run.semantics)
+        return attend(*args, **kwargs)
     return call(node, env, run.semantics)
 
 

@@ -65,11 +65,23 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         model.get_submodule(module)._buffers[leaf] = buffer
     model.tie_weights()
     if (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        model.generation_config = _generation_config(path)
     model.requires_grad_(False).eval()
     if grids:
         check_grids_run(model, grids, str(path))
     return model
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    """How a model generates where nobody says, from the file beside it."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise Refused(
+            f"{path / 'generation_config.json'} cannot be read ({reason}); copy that of the float model there, or"
+            " remove it"
+        ) from error
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -79,7 +91,7 @@ def load_tokenizer(path: str | Path) -> Any:
         raise Refused(f"{path}: no such directory; give one that holds the files of a tokenizer")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=here, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         if Path(path).is_dir() and not any((*Path(path).glob("tokenizer*"), *Path(path).glob("*.model"))):
             reason = "it has no tokenizer files"
         else:

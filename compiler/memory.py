@@ -6,7 +6,7 @@ width of the residual stream and of the widest linear, c the bytes of the dtype 
 
 ========== =====================================================================================================
 process    VmRSS at plan time; tokenizer (12 bytes per byte of its file) and text; kernels that run for the first time
-streams    c·T·H of boundary values, once in float, once more where later blocks see quantized inputs
+streams    c·T·H of boundary values: in float where a pass asks for it, quantized where later blocks see that
 load       B as stored and as float32
 prove      float32 weights; one linear edited in float64, 12·L and 20 per weight of a piece; 128 proof tokens in float64
 apply      float32 weights, those that one rewrite changes twice, and one linear edited
@@ -226,7 +226,11 @@ class _Sizes:
         """What is kept between parts."""
         if not self.plan.needs_data:
             return 0
-        return self.stream() * (1 + any(step.what.propagates_quantized for step in self.plan.steps))
+        return self.stream() * (self.plan.runs_float + self.quantizes_inputs)
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        return any(step.what.propagates_quantized for step in self.plan.steps)
 
     def survey(self) -> int:
         """Rows that passes keep of the whole model before anything is solved, with the copies that they turn."""
@@ -318,7 +322,7 @@ class _Sizes:
                 f"solve {step.what.name}": Phase(kept, cast + step.what.working_bytes(size))
                 for step in self.plan.steps
             }
-            if self.streams() > self.stream():
+            if self.quantizes_inputs:
                 phases["advance"] = Phase(
                     kept + self.stream(), cast + activations + quantized * (1 + run.itemsize)
                 )

@@ -13,9 +13,11 @@ from ..runtime.quantized import QuantizedLinear
 from .contract import Rewrite
 from .edit import Edit
 from .errors import Failed
+from .laws import shape
 from .operand import Quantize, Slot, Stub
 from .plan import Plan, Step
 from .program import Part, Program
+from .rows import RowwiseTensor, is_rowwise
 
 
 def restricted(step: Step, program: Program, part: Part) -> tuple[Rewrite, ...]:
@@ -101,3 +103,27 @@ def check_values(rewrite: Rewrite, values: Mapping[Slot, Any]) -> None:
         main: Sequence[int] = value.weight.shape if isinstance(value, QuantizedLinear) else value.shape
         if tuple(main) != slot.shape:
             raise Failed(f"{rewrite.pass_name}: {slot.name} has shape {tuple(main)}, declared {slot.shape}")
+
+
+def loaded(
+    plan: Plan, part: Part, edits: Mapping[str, Sequence[Edit]]
+) -> tuple[dict[str, Tensor], dict[str, RowwiseTensor]]:
+    """The tensors of a part, float32, and its tables as they are stored, where all ``edits`` of them go row by row.
+
+    Grids of attentions are zero, which changes nothing.
+    """
+    program, source = plan.program, plan.program.source
+    tensors: dict[str, Tensor] = {}
+    tables: dict[str, RowwiseTensor] = {}
+    for name, tensor in source.load(own_names(program, part)).items():
+        source.check_finite(name, tensor)
+        module = name.rpartition(".")[0]
+        leaf = program.leaves.get(module)
+        if part.kind < 0 and leaf is not None and is_rowwise(leaf, name, tensor, edits.get(module, ())):
+            tables[name] = RowwiseTensor(module, name, tensor)
+            continue
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+    for node in plan.final.nodes(part):
+        if node.meta.get("stub"):
+            tensors[str(node.target)] = torch.zeros(shape(node))
+    return tensors, tables

@@ -84,6 +84,18 @@ class Plan:
         )
 
     @property
+    def runs_float(self) -> bool:
+        """Whether calibration runs blocks without integers: for what is observed there, or what is to be met."""
+        if not self.needs_data or not any(step.what.propagates_quantized for step in self.steps):
+            return self.needs_data
+        return bool(mixtures(self.program)) or any(
+            step.what.needs_target
+            or (step.what.needs_training and not step.what.propagates_quantized)
+            or any(slot.needs for rewrite in step.answer.rewrites for slot in rewrite.slots)
+            for step in self.steps
+        )
+
+    @property
     def rewrites(self) -> dict[str, int]:
         """How many places of the model each pass rewrites, by the name of the pass."""
         places: dict[str, set[str]] = {}

@@ -21,13 +21,13 @@ from .edit import Verb, by_module
 from .execute import Route
 from .fake_quant import quantized_linears
 from .journal import Journal, Told
-from .laws import shape
 from .observe import Observers, RowCounts
 from .operand import Slot, Statistic
 from .part_state import PartState
 from .part_work import (
     cast,
     check_values,
+    loaded,
     main_value,
     online_linears,
     own_names,
@@ -39,12 +39,11 @@ from .program import Part
 from .proof import Prover
 from .resident import release
 from .roles import mixtures, peers, read_together, roles_of
-from .rows import RowwiseTensor, is_rowwise
 from .scheme import LinearScheme
-from .streams import Stream, needed_after, prologue
+from .streams import Stream, Values, needed_after, prologue
 from .survey import survey
 from .view import BlockView
-from .walk import walk_over
+from .walk import Walk, walk_over
 
 MICROBATCH = 1024
 """Tokens of a microbatch: enough for the speed of matrix products, few enough for memory."""
@@ -151,37 +150,17 @@ class _PartSolver:
         self.work = [Work(step, restricted(step, self.plan.program, part)) for step in self.plan.steps]
         self.quantized: dict[str, QuantizedLinear] = {}
         self.schemes: dict[str, LinearScheme] = {}
-        self.outputs: list[dict[str, Any]] | None = None
-        self.rowwise: dict[str, RowwiseTensor] = {}
+        self.outputs: list[Values] | None = None
+        self.walked: Walk | None = None  # of the last step that rewrites this part, over quantized inputs
         own = {str(node.target) for node in self.plan.program.nodes(part) if node.op == "call_module"}
         self.mixtures = [one for one in mixtures(self.plan.program) if any(n in own for e in one for n in e)]
         self.peers = peers(self.mixtures)
         self.routes: dict[tuple[int, str], Tensor] = {}
-        self.tensors = self._load()
+        edits = by_module(edit for work in self.work for rewrite in work.rewrites for edit in rewrite.edits)
+        self.tensors, self.rowwise = loaded(self.plan, part, edits)
         self.near = Mirror(self.tensors, solver.device)
         """The tensors where the block runs; proofs and edits are made on the host."""
         self.state = PartState(self.plan.program, self.tensors, self.rowwise, self.quantized, self.schemes)
-
-    def _load(self) -> dict[str, Tensor]:
-        program, source = self.plan.program, self.plan.program.source
-        edits = by_module(edit for work in self.work for rewrite in work.rewrites for edit in rewrite.edits)
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in source.load(own_names(program, self.part)).items():
-            source.check_finite(name, tensor)
-            module = name.rpartition(".")[0]
-            leaf = program.leaves.get(module)
-            if (
-                not self.is_block
-                and leaf is not None
-                and is_rowwise(leaf, name, tensor, edits.get(module, ()))
-            ):
-                self.rowwise[name] = RowwiseTensor(module, name, tensor)
-                continue
-            tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
-        for node in self.plan.final.nodes(self.part):
-            if node.meta.get("stub"):
-                tensors[str(node.target)] = torch.zeros(shape(node))
-        return tensors
 
     def run(self) -> None:
         solver = self.solver
@@ -196,6 +175,7 @@ class _PartSolver:
             if not work.rewrites:
                 continue
             release()
+            self.walked = None
             self._report(work.step.what.name)
             before = None if solver.on_step is None else self.state.copy()
             solved: list[Solved] = []
@@ -246,7 +226,8 @@ class _PartSolver:
         make = lambda: prologue(  # noqa: E731
             plan.program, tensors, solver.ids, solver.microbatch, solver.compute, plan.bases, solver.device
         )
-        solver.float_stream = make()
+        if plan.runs_float:
+            solver.float_stream = make()
         if solver.quantizes_inputs:
             solver.quantized_stream = make()
 
@@ -322,24 +303,31 @@ class _PartSolver:
 
     def _training(self, view: BlockView, step: Step) -> None:
         """Give a view the block as a function of its linears, its training inputs, and its float outputs."""
-        if self.outputs is None:
+        solver = self.solver
+        if self.outputs is None and solver.float_stream is not None:
             self._run_float(step)
-        solver, outputs = self.solver, self.outputs
         stream = solver.quantized_stream if step.what.propagates_quantized else solver.float_stream
         assert stream is not None
-        assert outputs is not None
-        hidden, tensors = main_value(outputs[0], self.plan), cast(self.near, solver.compute)
+        tensors = cast(self.near, solver.compute)
         for name in self.schemes_of(step):
             tensors[f"{name}.weight"] = self.near[f"{name}.weight"]
 
         def forward(hook: Any, index: int) -> Tensor:
             route = self._routed(index)
-            return stream.compute(index, step.program, self.part, tensors, step.bases, hook, route)[hidden]
+            values = stream.compute(index, step.program, self.part, tensors, step.bases, hook, route)
+            return values[main_value(values, self.plan)]
 
-        view.walk = lambda: walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
+        def walk() -> Walk:
+            made = walk_over(stream, step.program, self.part, tensors, step.bases, self._routed)
+            self.walked = made if stream is solver.quantized_stream else None
+            return made
+
+        view.walk = walk
         view.batches = len(stream.batches)
         view.forward = forward
-        view.target = lambda index: outputs[index][hidden].to(solver.device)
+        if (outputs := self.outputs) is not None:
+            hidden = main_value(outputs[0], self.plan)
+            view.target = lambda index: outputs[index][hidden].to(solver.device)
         view.report = lambda text: self._report(f"{step.what.name} {text}")
 
     def schemes_of(self, step: Step) -> list[str]:
@@ -370,27 +358,29 @@ class _PartSolver:
 
     def _advance(self) -> None:
         """Compute what the next part reads, and let the streams take it in."""
-        solver, stream = self.solver, self.solver.float_stream
-        if stream is None or self.part.index == 0:
+        solver, needed = self.solver, self.solver.needed[self.part.index]
+        if self.part.index == 0 or not needed:
             return
-        needed = solver.needed[self.part.index]
-        if not needed:
-            return
-        if self.outputs is None:
-            self._run_float(replace(self.plan.steps[0], program=self.plan.program, bases=())
-                            if not any(w.rewrites for w in self.work) else self._last_float_step())  # fmt: skip
-        assert self.outputs is not None
+        if solver.float_stream is not None:
+            if self.outputs is None:
+                self._run_float(replace(self.plan.steps[0], program=self.plan.program, bases=())
+                                if not any(w.rewrites for w in self.work) else self._last_float_step())  # fmt: skip
+            assert self.outputs is not None
+            solver.float_stream.advance(self.outputs, needed)
         if solver.quantized_stream is not None:
-            hook = quantized_linears(moved(self.quantized, solver.device), self.schemes, solver.compute)
-            tensors = cast({**self.near, **moved(self.state.stubs, solver.device)}, solver.compute)
-            quantized = solver.quantized_stream
-            with torch.no_grad():
-                results = [
-                    quantized.run(i, self.plan.final, self.part, tensors, self.plan.bases, hook)
-                    for i in range(len(quantized.batches))
-                ]
-            quantized.advance(results, needed)
-        stream.advance(self.outputs, needed)
+            solver.quantized_stream.advance(self._quantized_outputs(solver.quantized_stream), needed)
+
+    def _quantized_outputs(self, stream: Stream) -> list[Values]:
+        """What the quantized part hands on: what a walk came to, where nothing was changed after it."""
+        plan, indices = self.plan, range(len(stream.batches))
+        walk, self.walked = self.walked, None  # it refers to this: a circle would outlive the part
+        known = {} if walk is None or self.mixtures or self.state.stubs else walk.results
+        if len(known) == len(indices):
+            return [known[i] for i in indices]
+        hook = quantized_linears(moved(self.quantized, stream.device), self.schemes, self.solver.compute)
+        tensors = cast({**self.near, **moved(self.state.stubs, stream.device)}, self.solver.compute)
+        with torch.no_grad():
+            return [stream.run(i, plan.final, self.part, tensors, plan.bases, hook) for i in indices]
 
     def _last_float_step(self) -> Step:
         """The state after all passes, in which the float tensors are now: quantizers change no graph."""

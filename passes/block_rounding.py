@@ -21,10 +21,12 @@ from ..runtime.quantized import QuantizedLinear
 from .act_clip import ClipSearch
 from .act_range import static_range
 from .column_rounding import gptq, inverse_diagonal
+from .gram import Gram
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
 from .outlier_search import outlier_mask
-from .sign_sgd import Rounding, preconditioner, train
+from .preconditioner import Preconditioner
+from .sign_sgd import Rounding, train
 from .weight_scale import weight_grid
 
 LEARNED_BITS = 4
@@ -75,8 +77,8 @@ class BlockRounding:
         self.weights: dict[str, Tensor] = {n: q.dense for n, q in self.done.items()}
         self.roundings: dict[str, Rounding] = {}
         self.walk: Walk | None = None
-        self.ahead: list[str] = []
-        """Linears whose integers are searched for, in the order of the dataflow."""
+        self.ahead: list[tuple[str, ...]] = []
+        """What ``groups`` says."""
         self.trains = self.training = False
         self.quantized_act = True
 
@@ -84,23 +86,33 @@ class BlockRounding:
         """The quantized linears by name; None keeps the start."""
         self.trains = training is not None and training.moves
         self.quantized_act = training is None or training.quantized_act
-        learned = {name for name in self.swaps if self.learned(name)}
-        weighted = learned and self.begin.weighted
-        importance = token_importance(self.view, learned, self.where) if weighted else []
-        self.walk = self.view.walk() if learned and self.view.walk is not None else None
-        groups = self.groups()
-        self.ahead = [name for group in groups for name in group if name in learned]
-        for group in groups:
+        for name in self.swaps:
+            self.done[name] = self.nearest(name)
+            if not self.learned(name):
+                self.weights[name] = self.done[name].dense
+        self.ahead = self.groups()
+        importance: list[dict[str, Tensor]] = []
+        if self.ahead and self.begin.weighted:
+            importance = token_importance(
+                self.view, {name for group in self.ahead for name in group}, self.where
+            )
+        self.walk = self.view.walk() if self.ahead and self.view.walk is not None else None
+        for group in self.ahead:
             self.start(group, importance)
+        if self.walk is not None and not self.trains:
+            self.view.report("to its end")
+            for index in range(self.view.batches):
+                self.walk.finish(index, self.run)
         self.walk = None
         if self.roundings and training is not None:
             self.train(training)
         return {name: self.done[name] for name in self.swaps}
 
     def groups(self) -> list[tuple[str, ...]]:
-        """Linears that read the same value, in the order of the dataflow."""
-        groups = dict.fromkeys(self.view.together(name) for name in self.swaps)
-        return [tuple(name for name in group if name in self.swaps) for group in groups]
+        """Linears whose integers are searched for, those that read one value together, in the order of the dataflow."""
+        learned = [name for name in self.swaps if self.learned(name)]
+        groups = dict.fromkeys(self.view.together(name) for name in learned)
+        return [tuple(name for name in group if name in learned) for group in groups]
 
     def scheme(self, name: str) -> LinearScheme:
         """The scheme of a linear that is to be quantized."""
@@ -113,16 +125,12 @@ class BlockRounding:
 
     def start(self, group: tuple[str, ...], importance: list[dict[str, Tensor]]) -> None:
         """Closed-form integers of linears that read one value, with everything before them quantized."""
-        for name in group:
-            self.done[name] = self.nearest(name)
-        wanted = [name for name in group if self.learned(name)]
-        if wanted:
-            rows = [sum(weights[name] for name in wanted) / len(wanted) for weights in importance]
-            self.clip(wanted, rows)
-            hessian = self.hessian(wanted[0], rows)
-            steps = preconditioner(hessian) if self.trains else None
-            for alike in self.alike(wanted):
-                self.search(alike, hessian, steps)
+        rows = [torch.stack([weights[name] for name in group]).mean(0) for weights in importance]
+        self.clip(group, rows)
+        hessian = self.hessian(group[0], rows)
+        steps = Preconditioner(hessian) if self.trains else None
+        for alike in self.alike(group):
+            self.search(alike, hessian, steps)
         for name in group:
             self.weights[name] = self.done[name].dense
 
@@ -133,7 +141,7 @@ class BlockRounding:
         scale, offset = static_range(statistics, swap, self.view.export_dtype)
         return rounded_weight(self.view, name, swap.scheme, input_scale=scale, input_offset=offset)
 
-    def clip(self, names: list[str], importance: list[Tensor]) -> None:
+    def clip(self, names: tuple[str, ...], importance: list[Tensor]) -> None:
         """One clip ratio for the activation that these linears read, where their format has a place for it."""
         q = self.done[names[0]]
         if q.left is None or q.online is not None:
@@ -153,31 +161,25 @@ class BlockRounding:
 
     def hessian(self, name: str, importance: list[Tensor]) -> Tensor:
         """``X diag(importance) Xᵀ / n`` [in, in] of the quantized input of a linear; no importance weighs all alike."""
-        found: list[Tensor] = []
+        gram = Gram()
 
         def add(index: int, x: Tensor) -> None:
             rows = self.act(name, x).float()
-            rows = rows * importance[index].sqrt()[:, None] if importance else rows
-            if found:
-                found[0].addmm_(rows.T, rows)
-            else:
-                found.append(rows.T @ rows)
-            count.append(len(rows))
+            gram.add(rows * importance[index].sqrt()[:, None] if importance else rows)
 
-        count: list[int] = []
         self.each_input(name, range(self.view.batches), add)
-        return found[0] / max(sum(count), 1)  # zero for an expert that nothing is sent to
+        return gram.mean  # zero for an expert that nothing is sent to
 
     @torch.no_grad()
     def each_input(self, name: str, batches: range, take: Callable[[int, Tensor], None]) -> None:
         """Hand ``take`` the input [rows, in] of a linear, microbatch by microbatch, all before it quantized."""
         assert self.walk is not None
-        last = self.view.together(name) == self.view.together(self.ahead[-1])
+        last = self.trains and name == self.ahead[-1][0]
         for index in batches:
             x = self.walk.input(name, index, self.run, last=last)
             take(index, x.reshape(-1, x.shape[-1]))
 
-    def alike(self, names: list[str]) -> list[list[str]]:
+    def alike(self, names: tuple[str, ...]) -> list[list[str]]:
         """Linears whose weights get integers of one kind, and share no scale: they are searched as one."""
         found: dict[object, list[str]] = {}
         for name in names:
@@ -187,7 +189,7 @@ class BlockRounding:
             found.setdefault(kind, []).append(name)
         return list(found.values())
 
-    def search(self, names: list[str], hessian: Tensor, steps: Tensor | None) -> None:
+    def search(self, names: list[str], hessian: Tensor, steps: Preconditioner | None) -> None:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
@@ -245,9 +247,9 @@ class BlockRounding:
     def run(self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """A linear in its present state: trained, started, or still float."""
         if self.training and name in self.roundings:
-            weight = self.view.made(self.roundings[name].fake)
+            weight = self.view.made(lambda: self.roundings[name].fake(x.dtype))
         elif name in self.weights:
-            weight = self.weights[name]
+            weight = self.weights[name] = self.weights[name].to(x.dtype)
         on_grids = name in self.weights and (self.quantized_act or not self.training)
         x = self.act(name, x) if on_grids else x
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -11,7 +11,8 @@ from ..runtime.quantize import qmax
 BLOCK = 32
 """Columns whose errors are carried one by one; the others get them in one product."""
 
-
+SMALL = 96
+"""Rows of a triangle that is inverted at once."""
 MOST_DAMPING = 10.0
 """As a share of the mean diagonal: with so much of it every Hessian of real inputs has its factors."""
 
@@ -50,7 +51,9 @@ def gptq(
 
     Source: GPTQ (arXiv 2210.17323), algorithm 1, and the activation order of its implementation.
     """
-    if not bool(hessian.isfinite().all()):
+    if not bool(
+        hessian.diagonal().isfinite().all()
+    ):  # no entry is larger than those of its row and column there
         raise ValueError("its inputs are not finite, or too large for their squares")
     high = qmax(bits)
     width = weight.shape[1]
@@ -62,48 +65,70 @@ def gptq(
     )
     back = torch.argsort(order)
     columns = weight.T[order].contiguous()  # [in, out]: a column of the weight is a row here
-    scales = scale.repeat_interleave(width // scale.shape[1], dim=1).T[order].contiguous()
-    offsets = None
-    if offset is not None:
-        offsets = offset.repeat_interleave(width // offset.shape[1], dim=1).T[order].contiguous()
+    scales = _per_row(scale, width, order)
+    offsets = None if offset is None else _per_row(offset, width, order)
     masks = None if outliers is None else outliers.T[order].contiguous()
     upper = inverse_factor(hessian[order][:, order], damping).to(hessian)
-    integers = torch.empty_like(columns)
+    sizes = upper.diagonal().tolist()
+    integers, errors = torch.empty_like(columns), torch.empty_like(columns[:BLOCK])
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
-        local, errors = upper[start:stop, start:stop], torch.empty_like(columns[start:stop])
-        for j in range(stop - start):
-            column, step = columns[start + j], scales[start + j]
-            zero = 0.0 if offsets is None else offsets[start + j]
-            integer = (column / step + zero).round_().clamp_(-high - 1, high)
-            value = (integer - zero) * step
+        for j in range(start, stop):
+            column, step, integer, error = columns[j], scales[j], integers[j], errors[j - start]
+            torch.div(column, step, out=integer)
+            if offsets is not None:
+                integer.add_(offsets[j])
+            integer.round_().clamp_(-high - 1, high)
+            level = integer if offsets is None else integer - offsets[j]
+            torch.addcmul(column, level, step, value=-1, out=error)
             if masks is not None:
-                integer = torch.where(masks[start + j], zero, integer)
-                value = torch.where(masks[start + j], column.to(dtype).float(), value)
-            integers[start + j] = integer
-            errors[j] = (column - value) / local[j, j]
-            columns[start + j + 1 : stop].addr_(local[j, j + 1 :], errors[j], alpha=-1)
-        columns[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+                integer.copy_(torch.where(masks[j], 0.0 if offsets is None else offsets[j], integer))
+                error.copy_(torch.where(masks[j], column - column.to(dtype).float(), error))
+            error.div_(sizes[j])
+            columns[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return integers[back].T.contiguous(), columns[back].T.contiguous()
+
+
+def _per_row(grid: Tensor, width: int, order: Tensor) -> Tensor:
+    """A scale or offset [out, groups] of every column of a weight, in their order [width, out]."""
+    if grid.shape[1] == 1:
+        return grid.T.contiguous().expand(width, -1)
+    return grid.T[order // (width // grid.shape[1])]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of ``(H + λ I)⁻¹`` [n, n], float64; λ is ``damping`` mean diagonals, or more if needed.
 
-    Two matrices in float64 are held at a time, and H. ValueError where no damping gives a factor.
+    With rows and columns in the opposite order H + λ I is ``L Lᵀ``. In their own order that is ``R Rᵀ`` with R upper,
+    so that R⁻¹ is the factor of the inverse, which need not be computed. Two matrices in float64 are held at a time.
+
+    ValueError where no damping gives one.
     """
     mean = float(doubled(hessian.diagonal()).mean())
     while damping <= MOST_DAMPING:
-        matrix = doubled(hessian).clone()
+        matrix = doubled(hessian).flip(0, 1)
         matrix.diagonal().add_(damping * mean if mean > 0 else 1.0)
         matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-            if not failed and bool(matrix.isfinite().all()):
-                return matrix
+            matrix = inverse_lower(matrix)
+            if bool(matrix.sum().isfinite()):
+                return matrix.flip(0, 1)
         damping *= 10
     raise ValueError("the Hessian of its inputs can not be factored, with however much damping")
+
+
+def inverse_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix [n, n], by halves: most of it is matrix products."""
+    size = len(lower)
+    if size <= SMALL:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half, inverse = size // 2, torch.zeros_like(lower)
+    first = inverse[:half, :half] = inverse_lower(lower[:half, :half])
+    second = inverse[half:, half:] = inverse_lower(lower[half:, half:])
+    torch.mm(second, lower[half:, :half] @ first, out=inverse[half:, :half]).neg_()
+    return inverse
 
 
 def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
@@ -111,6 +136,8 @@ def inverse_diagonal(hessian: Tensor, damping: float) -> Tensor:
 
     ValueError for a Hessian that is not finite, or has no factors.
     """
-    if not bool(hessian.isfinite().all()):
+    if not bool(
+        hessian.diagonal().isfinite().all()
+    ):  # no entry is larger than those of its row and column there
         raise ValueError("its inputs are not finite, or too large for their squares")
     return inverse_factor(hessian, damping).square().sum(0).to(hessian)

@@ -74,6 +74,11 @@ class Gptq(Pass):
         return True
 
     @property
+    def needs_target(self) -> bool:
+        """It looks at the inputs of linears alone."""
+        return False
+
+    @property
     def propagates_quantized(self) -> bool:
         """Whether blocks see quantized inputs."""
         return self.quantized_input

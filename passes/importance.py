@@ -24,18 +24,22 @@ def relative_error(got: Tensor, want: Tensor) -> Tensor:
     return ((got.float() - want).square() / size).mean()
 
 
+def norm(x: Tensor) -> Tensor:
+    """Length of every vector along the last axis [...], float32."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+
+
 def token_importance(view: BlockView, names: Collection[str], where: str) -> list[dict[str, Tensor]]:
     """Per microbatch and linear: weights [batch · seq], float32, of mean 1 over all microbatches.
 
     The weight of token t at linear l estimates ``|| d (y / |y|) / d (output of l at t) ||²``, y the output of
-    the block: one backward pass of a random y' with E[y' y'ᵀ] = I (Hutchinson's estimate of the trace of the
-    Gauss-Newton matrix of ``relative_error``).
+    the block with float weights and ``|y|`` held as it is: one backward pass of a random y' with E[y' y'ᵀ] = I
+    (Hutchinson's estimate of the trace of the Gauss-Newton matrix of ``relative_error``).
 
     Source: output-aware weighting of the layer-wise objective as in GuidedQuant (arXiv 2505.07004), for the
     error of the block instead of the model's loss.
     """
     assert view.forward is not None
-    assert view.target is not None
     generator = view.generator(f"{where}/importance")
     found: list[dict[str, Tensor]] = []
     for index in range(view.batches):
@@ -51,12 +55,11 @@ def token_importance(view: BlockView, names: Collection[str], where: str) -> lis
             return kept[name]
 
         with torch.enable_grad():
-            got = view.forward(hook, index).float()
-            size = view.target(index).float().square().mean(-1, keepdim=True).clamp(min=SMALLEST).sqrt()
-            probe = torch.randn(got.shape, generator=generator).to(got) / size
-            grads = torch.autograd.grad(got, list(outputs.values()), probe)
-        pairs = zip(outputs, grads, strict=True)
-        found.append({name: grad.float().square().sum(-1).flatten() for name, grad in pairs})
+            got = view.forward(hook, index)
+            size = norm(got.detach()).square_().div_(got.shape[-1]).clamp_(min=SMALLEST).sqrt_()
+            probe = torch.randn(got.shape, generator=generator).to(size).div_(size[..., None])
+            grads = torch.autograd.grad(got, list(outputs.values()), probe.to(got.dtype))
+        found.append({name: norm(g).square_().flatten() for name, g in zip(outputs, grads, strict=True)})
     for name in found[0]:
         rows = sum(weights[name].numel() for weights in found)  # none for an expert that nothing is sent to
         mean = sum(float(weights[name].sum()) for weights in found) / max(rows, 1)

@@ -29,22 +29,26 @@ def search_scale(
     Source: the clip search of AWQ (arXiv 2306.00978) section 3.3, on the weight's own error.
     """
     width = group or weight.shape[1]
-    rows = weight.view(weight.shape[0], -1, width)
+    groups, high = weight.shape[1] // width, qmax(bits)
+    rows = weight.reshape(len(weight), -1, width).flatten(0, 1)
     absmax = rows.abs().amax(-1)
-    weigh = 1.0 if importance is None else importance.float().view(1, -1, width)
-    best = round_scale(scale_for(absmax, bits), dtype)
-    chunk = max(1, CHUNK // weight.shape[1])
+    weigh = None if importance is None else importance.float().view(groups, width)
+    ratios = (
+        torch.linspace(1, SMALLEST_RATIO, GRID + 1, dtype=torch.float64).float()[:, None].to(absmax.device)
+    )
+    best = torch.empty_like(absmax)
+    chunk = max(1, CHUNK // weight.shape[1]) * groups
     for some, largest, found in zip(rows.split(chunk), absmax.split(chunk), best.split(chunk), strict=True):
-        least = torch.full_like(largest, torch.inf)
-        for step in range(GRID + 1):
-            ratio = 1 - (1 - SMALLEST_RATIO) * step / GRID
-            scale = round_scale(scale_for(largest * ratio, bits), dtype)
-            rounded = (some / scale[..., None]).round_().clamp_(-qmax(bits) - 1, qmax(bits))
-            error = rounded.mul_(scale[..., None]).sub_(some).square_().mul_(weigh).sum(-1)
-            better = error < least
-            least = torch.where(better, error, least)
-            found.copy_(torch.where(better, scale, found))  # a view of best
-    return best
+        scales = round_scale(scale_for(largest * ratios, bits), dtype)
+        errors, minus, error = torch.empty_like(scales), -some, torch.empty_like(some)
+        for scale, total in zip(scales[:, :, None], errors, strict=True):
+            torch.div(some, scale, out=error).round_().clamp_(-high - 1, high)
+            torch.addcmul(minus, error, scale, out=error).square_()
+            if weigh is not None:
+                error.view(-1, groups, width).mul_(weigh)
+            torch.sum(error, -1, out=total)
+        found.copy_(scales.gather(0, errors.argmin(0)[None])[0])
+    return best.view(-1, groups)
 
 
 @torch.no_grad()

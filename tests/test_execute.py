@@ -29,6 +29,17 @@ def before_first_block(program: Program, dtype: torch.dtype) -> dict[fx.Node, An
     return env | execute(program, program.parts[0], state(program, 0), env, dtype=dtype)
 
 
+def test_gradients_change_no_value() -> None:
+    program, (ids, mask) = captured("llama"), batch()
+    name = next(name for name in program.source.names() if name.endswith("q_proj.weight"))
+    weight = program.source.load([name])[name].float().requires_grad_()
+    got = run(program, ids, mask, dtype=torch.float32, tensors={name: weight})
+    (grad,) = torch.autograd.grad(got.square().mean(), weight)
+    assert float(grad.abs().sum()) > 0
+    with torch.no_grad():
+        assert torch.equal(run(program, ids, mask, dtype=torch.float32), got)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "stablelm"])
 def test_float64_has_no_float32_inside(family: str) -> None:
     program = captured(family)

@@ -15,10 +15,11 @@ from qc.compiler.recipe import read_recipe
 from qc.compiler.scheme import W4A16, W8A8
 from qc.compiler.spelling import passes_of
 from qc.compiler.view import BlockView
+from qc.compiler.walk import Walk
 from qc.passes.block_rounding import BlockRounding, Start
 from qc.passes.column_rounding import gptq, inverse_factor
 from qc.runtime.quantize import dequantize, scale_for
-from tests.homes import Home, compiled, logits
+from tests.homes import Home, compiled, logits, tensors_of
 from tests.programs import one_linear, relative
 from tests.recipes import HEAD, Written
 
@@ -86,6 +87,17 @@ def test_a_channel_that_is_never_active_is_rounded_to_nearest() -> None:
     rows, scale = x.flatten(0, 1), scale_for(weight.abs().amax(1, keepdim=True), 4)
     integers, _ = gptq(weight, scale, rows.T @ rows, 4)
     assert torch.equal(integers[:, 7], (weight / scale).round()[:, 7])
+
+
+def test_what_a_walk_hands_on_is_what_the_quantized_block_computes(
+    home: Callable[[str], Home], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled(home("llama"), tmp_path / "walked", "gptq", scheme="w8a8", target="modelslim")
+    monkeypatch.setattr(Walk, "finish", lambda *given: None)  # then every block is run once more
+    compiled(home("llama"), tmp_path / "run", "gptq", scheme="w8a8", target="modelslim")
+    walked, again = (tensors_of(tmp_path / place) for place in ("walked", "run"))
+    assert walked.keys() == again.keys()
+    assert all(torch.equal(walked[name], again[name]) for name in walked)
 
 
 @pytest.mark.broad

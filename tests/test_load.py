@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from benchmarks.random_llama import character_tokenizer
 from qc.compiler.errors import Refused
 from qc.compiler.generate import generate
 from qc.compiler.load import load, load_tokenizer
@@ -228,3 +229,20 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
     path = save_float(tmp_path / "float")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert load(path).generation_config.eos_token_id == [2, 7]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("text", ["[]", '"greedy"', "{"])
+def test_generation_settings_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    path = save_float(tmp_path / "float")
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(Refused, match=r"generation_config\.json cannot be read"):
+        load(path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", '"words"', "{"])
+def test_files_of_a_tokenizer_that_are_none_are_refused(file: str, text: str, tmp_path: Path) -> None:
+    character_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(Refused, match="no tokenizer that can be read"):
+        load_tokenizer(tmp_path)

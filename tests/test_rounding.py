@@ -13,9 +13,11 @@ from torch import Tensor
 from qc.compiler.view import BlockView, LinearHook
 from qc.passes.act_clip import RATIOS, ClipSearch
 from qc.passes.column_rounding import gptq
+from qc.passes.gram import Gram
 from qc.passes.importance import relative_error, token_importance
+from qc.passes.preconditioner import DAMPING, Preconditioner
 from qc.passes.scale_search import search_scale
-from qc.passes.sign_sgd import TRAVEL, Rounding, preconditioner, train
+from qc.passes.sign_sgd import TRAVEL, Rounding, train
 from qc.runtime.quantize import dequantize, fake_quant_per_token, quantize, round_scale, scale_for
 
 
@@ -124,8 +126,8 @@ def view_of(x: Tensor, weight: Tensor, target: Tensor) -> BlockView:
 
 def test_tokens_of_huge_outputs_weigh_little() -> None:
     x, weight = random(2, 3, 40, 64), random(64, 64, seed=1)
-    target = x.clone()
-    target[:, :, 0] *= 100
+    x[:, :, 0] *= 100
+    target = x
     found = token_importance(view_of(x, weight, target), {"l"}, "block")
     weights = torch.stack([batch["l"] for batch in found]).view(2, 3, 40)
     assert float(weights.mean()) == pytest.approx(1, rel=1e-5)
@@ -166,15 +168,60 @@ def test_the_relative_error_counts_every_token_alike() -> None:
 def test_the_preconditioner_is_the_damped_inverse() -> None:
     x = correlated(24)
     hessian = x.T @ x / len(x)
-    damped = hessian / hessian.diagonal().mean() + 0.5 * torch.eye(24)
-    assert torch.allclose(preconditioner(hessian) @ damped, torch.eye(24), atol=1e-4)
+    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(24)
+    assert torch.allclose(Preconditioner(hessian)(damped), DAMPING * torch.eye(24), atol=1e-4)
+
+
+def test_the_preconditioner_takes_weak_directions_as_their_mean() -> None:
+    strong, _ = torch.linalg.qr(random(320, 12))
+    hessian = strong * torch.linspace(40, 400, 12) @ strong.T + 0.7 * torch.eye(320)
+    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(320)
+    found = Preconditioner(hessian)(damped)
+    assert torch.allclose(found / found.diagonal().mean(), torch.eye(320), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("groups", "per_tensor", "zeros"), [(1, True, False), (1, False, True), (4, False, False)]
+)
+def test_gradients_of_a_quantized_weight_are_those_of_its_definition(
+    groups: int, per_tensor: bool, zeros: bool
+) -> None:
+    weight, start = random(6, 16), 0.3 * torch.ones(6, groups)  # many weights are cut off
+    zero = random(6, groups, seed=1).round() if zeros else None
+    rounding = Rounding(weight, start, 4, torch.bfloat16, Preconditioner(torch.eye(16)), per_tensor, zero)
+    with torch.no_grad():
+        rounding.offset.copy_(random(6, 16, seed=2).clamp(-0.5, 0.5))
+        rounding.stretch.add_(0.1 * random(*rounding.stretch.shape, seed=3))
+
+    def straight(x: Tensor, to: Tensor) -> Tensor:
+        return x + (to - x).detach()
+
+    exact = start * rounding.stretch
+    scale = straight(exact, round_scale(exact, torch.bfloat16)).repeat_interleave(16 // groups, 1)
+    x = weight / scale + rounding.offset
+    wide = torch.zeros(6, 16) if zero is None else zero.repeat_interleave(16 // groups, 1)
+    want = (straight(x + wide, (x + wide).round()).clamp(-8, 7) - wide) * scale
+    got, probe = rounding.fake(), random(6, 16, seed=4)
+    torch.testing.assert_close(got, want)
+    inputs = [rounding.offset, rounding.stretch]
+    torch.testing.assert_close(
+        torch.autograd.grad(got, inputs, probe), torch.autograd.grad(want, inputs, probe)
+    )
+
+
+@given(st.integers(1, 300), st.lists(st.integers(0, 9), min_size=1, max_size=3))
+def test_a_gram_matrix_is_the_mean_of_its_products(width: int, batches: list[int]) -> None:
+    rows, gram = random(sum(batches), width, seed=width), Gram()
+    for batch in rows.split(batches):
+        gram.add(batch)
+    torch.testing.assert_close(gram.mean, rows.T @ rows / max(len(rows), 1))
 
 
 def problem() -> tuple[Rounding, Callable[[int], Tensor], Tensor]:
     """One linear on correlated inputs, started from rounding to nearest; the loss on one of four microbatches."""
     weight, x = random(24, 64), random(2048, 64) @ (torch.eye(64) + random(64, 64, seed=5) / 4)
     scale = scale_for(0.8 * weight.abs().amax(1, keepdim=True), 4)
-    rounding = Rounding(weight, scale, 4, torch.float32, preconditioner(x.T @ x / len(x)))
+    rounding = Rounding(weight, scale, 4, torch.float32, Preconditioner(x.T @ x / len(x)))
     batches = x.split(len(x) // 4)
 
     def loss(index: int) -> Tensor:

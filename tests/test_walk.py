@@ -47,10 +47,15 @@ def test_every_input_is_that_of_a_run_from_the_start_and_nothing_is_run_twice(fa
     together = read_together(program)
     groups = list(dict.fromkeys(together[name] for name in walk.linears if name in together))
     for group in groups:
-        got = walk.input(group[0], 0, hook, last=group == groups[-1])
+        got = walk.input(group[0], 0, hook)
         execute(program, part, tensors, env, dtype=torch.float32, linear=whole)
         torch.testing.assert_close(got, seen[group[0]], rtol=0, atol=0)
         factor |= dict.fromkeys(group, 1.5)  # what a quantizer makes of them
+    walk.finish(0, hook)
     assert len(ran) == len(set(ran))
     assert not walk.places
+    want = execute(program, part, tensors, env, dtype=torch.float32, linear=whole)
+    assert walk.results[0].keys() == {node.name for node in want}
+    for node, value in want.items():
+        torch.testing.assert_close(walk.results[0][node.name], value, rtol=0, atol=0)
     torch.testing.assert_close(walk.input(groups[1][0], 0, hook), seen[groups[1][0]], rtol=0, atol=0)
