@@ -1,8 +1,8 @@
 """``--device``: every pass on a device of its own gives what it gives on the host, and nothing mixes the two.
 
-``tests/test_device.py`` runs this file in a process of its own. The device is simulated (``tests/simulated_device.py``):
-it refuses an op with tensors of both sides, so a compile that ends has mixed nothing. Where there is a CUDA card, the
-same compiles run on it.
+``tests/test_device.py`` runs this file in a process of its own. The device is simulated, by
+``tests/simulated_device.py``: it refuses an op with tensors of both sides, so a compile that ends has mixed nothing.
+Where there is a CUDA card, the same compiles run on it.
 """
 
 from __future__ import annotations
