@@ -20,6 +20,7 @@ from .operand import Quantize, Stub
 from .plan import Plan, Step, all_have_formats, make_plan
 from .program import Part
 from .roles import read_together, roles_of
+from .scheme import LinearScheme
 from .solve import MICROBATCH, Progress, Solver
 from .survey import float_blocks
 
@@ -73,11 +74,21 @@ def most_sensitive(
         count: How many places.
         compute: The dtype of the sweep.
         report: Told of the progress.
+
+    Raises:
+        Refused: There are fewer places, or nothing would be left to quantize.
     """
+    places = _places(plan)
+    every = sum(len(place.linears) for place in places) == len(_formats(plan))
+    if count > len(places) - every:
+        raise Refused(
+            f"--fallback L{count}: the plan quantizes {len(places)} places besides experts"
+            + (", and one at least has to stay quantized" if every and places else "")
+            + f"; give at most L{max(len(places) - every, 0)}"
+        )
     ids = ids[: max(1, TOKENS // ids.shape[1])]
     trial = _rounded_to_nearest(plan)
     program = next(step.program for step in trial.steps if Fact.QUANTIZED in step.what.provides)
-    places = _places(plan)
     noise = NoiseSweep(program, places, ids, compute, report, plan.device)
     Solver(trial, ids, lambda name, tensor: None, compute=compute, report=report, watch=noise).run()
     costs = [cost for (cost,) in noise.costs()]
@@ -103,11 +114,15 @@ def _rounded_to_nearest(plan: Plan) -> Plan:
     ).require()  # fmt: skip
 
 
+def _formats(plan: Plan) -> dict[str, LinearScheme]:
+    """The linears that a plan quantizes, with their formats."""
+    edits = (edit for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits)
+    return {e.site.module: e.operand.scheme for e in edits if isinstance(e.operand, Quantize)}
+
+
 def _places(plan: Plan) -> list[Place]:
     """The linears that a plan quantizes, those together that a server runs as one, in the order of the graph."""
-    experts = roles_of(plan.program)["expert"]
-    edits = (edit for step in plan.steps for rewrite in step.answer.rewrites for edit in rewrite.edits)
-    formats = {e.site.module: e.operand.scheme for e in edits if isinstance(e.operand, Quantize)}
+    experts, formats = roles_of(plan.program)["expert"], _formats(plan)
     together = read_together(plan.program)
     places: dict[tuple[str, ...], Place] = {}
     for node in plan.program.graph.nodes:

@@ -14,6 +14,7 @@ from qc.compiler.compile import Options
 from qc.compiler.errors import Refused
 from qc.compiler.fallback import level
 from qc.compiler.roles import read_together, roles_of
+from qc.compiler.scheme import W8A8, Rule, Scheme
 from qc.compiler.spelling import passes_of
 from tests.homes import Home, compiled
 from tests.plans import planned
@@ -84,6 +85,27 @@ def test_experts_are_never_left_float_alone(home: Callable[[str], Home], tmp_pat
     left = set(told.removeprefix("fallback L3: ").partition(" stay float")[0].split(", "))
     assert left
     assert not left & roles_of(result.plan.program)["expert"]
+
+
+EXPERTS = Scheme("experts", (Rule(include=("*experts*",), scheme=W8A8),))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "text", "why"),
+    [
+        ("llama", "w8a8", "L12", "12 places.*one at least has to stay quantized; give at most L11"),
+        ("llama", "w8a8", "L999", "give at most L11"),
+        ("mixtral", EXPERTS, "L1", "0 places besides experts; give at most L0"),
+    ],
+)
+def test_more_than_there_is_is_refused(
+    family: str, scheme: str | Scheme, text: str, why: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    with pytest.raises(Refused, match=why):
+        compiled(
+            home(family), tmp_path / "out", "linear_quant", scheme=scheme, target="modelslim", fallback=text
+        )
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.broad
