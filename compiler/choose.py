@@ -19,7 +19,7 @@ from torch import Tensor
 from . import registry
 from .allocation import Curve, curve
 from .contract import Fact
-from .edit import Verb
+from .edit import BESIDE_INTEGERS
 from .errors import Refused
 from .menu import DEFAULT, Menu, formats_of, menu_of
 from .noise_sweep import TOKENS, NoiseSweep
@@ -30,8 +30,6 @@ from .scheme import FLOAT, Rule, Scheme
 from .solve import Progress, Solver
 from .trial_sweep import TrialSweep
 
-BESIDE_INTEGERS = (Verb.WRAP, Verb.BRANCH, Verb.SWAP)
-"""Edits that follow the formats, so that they are not there yet while formats are compared."""
 POINTS = 5
 """Points of the curve that are measured in one sweep."""
 ROUNDS = 4

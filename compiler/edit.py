@@ -60,6 +60,10 @@ class Verb(Enum):
     UNTIE = "a tensor of its own instead of a shared one"
 
 
+BESIDE_INTEGERS = (Verb.WRAP, Verb.BRANCH, Verb.SWAP)
+"""Edits that targets have room for at integer linears alone, and that are not there yet while formats are compared."""
+
+
 @dataclass(frozen=True)
 class Edit:
     """One verb at one site with one operand."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import registry
 from .attention_noise import AttentionNoise
 from .contract import Fact, Pass
-from .edit import Verb
+from .edit import BESIDE_INTEGERS
 from .errors import Refused
 from .menu import Place
 from .noise_sweep import TOKENS, NoiseSweep
@@ -23,9 +23,6 @@ from .roles import read_together, roles_of
 from .scheme import LinearScheme
 from .solve import MICROBATCH, Progress, Solver
 from .survey import float_blocks
-
-BESIDE_INTEGERS = (Verb.WRAP, Verb.BRANCH, Verb.SWAP)
-"""Edits that targets have room for at integer linears alone."""
 
 
 def level(text: str) -> int:
