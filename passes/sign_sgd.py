@@ -15,10 +15,12 @@ from .preconditioner import Preconditioner
 
 TINY = torch.finfo(torch.float32).tiny
 MOMENTUM = 0.8
-TRAVEL = 0.3
-"""How far, in integers, an offset can move over a whole training."""
-SCALE_TRAVEL = 0.02
-"""How far a scale can move, as a share of itself."""
+TRAVEL = 0.05
+"""How far, in integers, an offset can move over `ITERS` steps."""
+SCALE_TRAVEL = 0.0035
+"""How far a scale can move over as many steps, as a share of itself."""
+ITERS = 50
+"""Steps for which these were measured."""
 JUDGED = 5
 """How often the held-out loss is looked at."""
 
@@ -145,6 +147,15 @@ def _movers(rounding: Rounding, *, round_tuning: bool, scale_tuning: bool) -> li
     return found
 
 
+def travel(iters: int) -> float:
+    """How far ``iters`` steps may go in all, 1 at `ITERS`.
+
+    The noise of gradients adds up like a random walk: four times as many steps carry it as far when the whole way is
+    twice as long.
+    """
+    return (iters / ITERS) ** 0.5
+
+
 Loss = Callable[[int], Tensor]
 """The loss on microbatch i, with all linears of the block on their grids."""
 
@@ -157,11 +168,11 @@ def train(
     """Train in place and keep the state with the least loss on the held-out microbatches, the start included.
 
     A step is the gradient's momentum times ``(H + λ I)⁻¹``, divided by the root mean square of its row and cut
-    to [-1, 1]; its rate falls linearly to zero and is chosen so that ``iters`` steps move an offset by
-    ``TRAVEL`` integers at most: few iterations move little per step but as far in all.
+    to [-1, 1]; its rate falls linearly to zero, and is such that an offset moves by `travel` of ``iters`` times
+    ``TRAVEL`` integers at most.
 
     Source: SignRound / AutoRound (arXiv 2309.05516), section 3, for the objective; the sign is softened and
-    preconditioned because a plain sign step is worse than a GPTQ start most of the way.
+    preconditioned, and goes a tenth as far, because the start is the answer of GPTQ and most of a gradient is noise.
     """
     movers = [
         mover for rounding in roundings.values()
@@ -185,7 +196,7 @@ def train(
         losses.training.append(float(found.detach()))
         grads = torch.autograd.grad(found, [mover.tensor for mover in movers])
         for mover, grad in zip(movers, grads, strict=True):
-            mover.step(grad, 2 / iters * (1 - step / iters))
+            mover.step(grad, 2 * travel(iters) / iters * (1 - step / iters))
         if (step + 1) % every == 0 or step + 1 == iters:
             now = judged()
             report(f"{step + 1}/{iters} loss {now:.4g}, start {losses.start:.4g}")
