@@ -14,9 +14,9 @@ from .losses import Losses
 
 TINY = torch.finfo(torch.float32).tiny
 MOMENTUM = 0.8
-TRAVEL = 0.05
+TRAVEL = 0.1
 """How far, in integers, an offset can move over `ITERS` steps."""
-SCALE_TRAVEL = 0.0035
+SCALE_TRAVEL = 0.007
 """How far a scale can move over as many steps, as a share of itself."""
 ITERS = 50
 """Steps for which these were measured."""
@@ -168,7 +168,7 @@ def train(
     linearly to zero, and is such that an offset moves by `travel` of ``iters`` times ``TRAVEL`` integers at most.
 
     Source: SignRound / AutoRound (arXiv 2309.05516), section 3, for the objective; the sign is softened and goes a
-    tenth as far, because the start is the answer of GPTQ and most of a gradient is noise.
+    fifth as far, because the start is the answer of GPTQ and most of a gradient is noise.
     """
     movers = [
         mover for rounding in roundings.values()
