@@ -43,9 +43,13 @@ class Calibration:
         return hashlib.sha256(self.tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def __str__(self) -> str:
-        count, length = self.tokens.shape
         source = ", ".join(self.files) or f"the text that ships with qc ({self.available} windows)"
-        return f"{count} windows of {length} tokens from {source}"
+        return f"{windows_of(*self.tokens.shape)} from {source}"
+
+
+def windows_of(count: int, length: int) -> str:
+    """``4 windows of 64 tokens``."""
+    return f"{count} window{'' if count == 1 else 's'} of {length} tokens"
 
 
 def calibration(
@@ -122,7 +126,7 @@ def shipped_text() -> str:
 
 def _read_file(file: Path) -> list[Sample]:
     if file.suffix not in SUFFIXES:
-        raise Refused(f"{file}: text is read from {', '.join(SUFFIXES)}, not from '{file.suffix}'")
+        raise Refused(f"{file}: text is read from {', '.join(SUFFIXES)}, not '{file.suffix}'")
     try:
         content = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

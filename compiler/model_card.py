@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .calibration import Calibration
+from .calibration import Calibration, windows_of
 from .certificate import LIMIT
 from .cost import cost_of
 from .errors import Refused
@@ -161,10 +161,10 @@ def _base(plan: Plan) -> str:
 def _calibration(data: Calibration | None) -> str:
     if data is None:
         return "No calibration data was used."
-    count, length = data.tokens.shape
     names = [Path(file).name for file in data.files]
     source = ", ".join(names) if names else "the text that ships with qc"
-    return f"Calibrated on {count} windows of {length} tokens from {source} (sha256 of the tokens {data.digest[:16]})."
+    held = windows_of(*data.tokens.shape)
+    return f"Calibrated on {held} from {source} (sha256 of the tokens {data.digest[:16]})."
 
 
 def _certificates(journal: Journal) -> str:

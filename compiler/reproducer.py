@@ -76,12 +76,7 @@ def reproduce(
     Raises:
         Refused: The file is none of these, or the plan no longer has this rewrite, or not with these unknowns.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            said = json.loads((opened.metadata() or {})["qc"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError, SafetensorError) as error_:
-        raise Refused(f"{file}: this is no file of a failed proof ({error_})") from None
+    said, tensors = _read(Path(file))
     if model is None and said["model"] is None:
         raise Refused(f"{file}: the model was in memory: give it, reproduce(file, model=...)")
     program = capture(
@@ -115,6 +110,22 @@ def reproduce(
         math,
         said["math"],
     )
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of its proof, and the tensors that it ran on."""
+    none = f"{file}: this is no file of a failed proof"
+    if not file.is_file():
+        raise Refused(f"{none} ({'a directory' if file.is_dir() else 'no such file'})")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if "qc" not in metadata:
+                raise Refused(f"{none}: it holds tensors, and nothing that qc says of them")
+            said = json.loads(metadata["qc"])
+            return said, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error_:
+        raise Refused(f"{none} ({error_})") from None
 
 
 def _said(scheme: Scheme) -> dict[str, Any]:

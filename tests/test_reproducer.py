@@ -106,7 +106,12 @@ def test_formats_without_a_name_are_in_the_file(
 
 
 def test_what_is_no_failed_proof_is_refused(tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "missing"):
+    why = {
+        "config.json": "(Error while deserializing", "model.safetensors": "nothing that qc says of them",
+        "missing": "(no such file)", "": "(a directory)",
+    }  # fmt: skip
+    for name, words in why.items():
         status, said = command(["reproduce", str(checkpoint("llama") / name)])
         assert status == 2
         assert "this is no file of a failed proof" in said
+        assert words in said

@@ -77,7 +77,8 @@ def run_mix(args: argparse.Namespace) -> None:
         )  # fmt: skip
     for one in made.sets:
         print(one)
-    print(f"wrote {made.path}: {len(made.samples)} samples")
+    count = len(made.samples)
+    print(f"wrote {made.path}: {count} sample{'' if count == 1 else 's'}")
 
 
 def run_refine(args: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ def on_text(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     """Perplexity and divergence, and the errors of layers: as text, how it was asked for, and for machines."""
     import dataclasses
 
+    from ..calibration import windows_of
     from ..evaluate import format, measure
     from ..layer_error import table
     from ..layer_plot import save_plot
@@ -85,9 +86,7 @@ def on_text(args: argparse.Namespace) -> tuple[str, str, dict[str, Any]]:
     )
     shown = format(found) + (f"\n\n{table(errors)}" if errors else "")
     if args.plot:
-        save_plot(
-            errors, f"{args.out}: error by layer, {found.windows} windows of {found.length} tokens", args.plot
-        )
+        save_plot(errors, f"{args.out}: error by layer, {windows_of(found.windows, found.length)}", args.plot)
     numbers = dataclasses.asdict(found) | {
         "perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity, "ratio": found.ratio,
     }  # fmt: skip

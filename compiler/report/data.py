@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from ..calibration import Calibration
+from ..calibration import Calibration, windows_of
 from ..certificate import LIMIT
 from ..cost import cost_of
 from ..cost import size as size_text
@@ -203,7 +203,7 @@ def _provenance(
     if calibration is not None and run is not None:
         files = ", ".join(file.rpartition("/")[2] for file in calibration.files)
         facts |= {
-            "calibrated on": f"{len(calibration.tokens)} windows of {calibration.tokens.shape[1]} tokens",
+            "calibrated on": windows_of(*calibration.tokens.shape),
             "calibration text": files or "the text that ships with qc",
             "calibration ran in": str(run.compute).removeprefix("torch."),
             "calibration tokens": f"sha256 {calibration.digest}",
