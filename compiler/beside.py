@@ -16,6 +16,7 @@ from .program import Program
 from .report.data import report_data
 from .report.page import REPORT, page
 from .rotation_file import write_rotation
+from .same_command import same_command
 from .weights import Checkpoint
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def write_beside(
     )
     (path / "qc_plan.txt").write_text(text, encoding="utf-8")
     planned.target.add(path)
-    (path / CARD).write_text(model_card(planned, journal, data), encoding="utf-8")
+    command = same_command(planned, options, data)
+    (path / CARD).write_text(model_card(planned, journal, command, data), encoding="utf-8")
     ran = _remote_code(program, options)
     manifest = manifest_of(path, _inputs(program, options), text, planned.rewrites, ran)
-    told = page(report_data(planned, journal, manifest, data, run))
+    told = page(report_data(planned, journal, manifest, command, data, run))
     (path / REPORT).write_text(told, encoding="utf-8")
     write_manifest(path, manifest)
 

@@ -133,10 +133,13 @@ def refine(
     samples = [one for one in read_samples(data) if one.text.strip()]
     bad = [one for one in read_samples(add) if one.text.strip()]
     looked_at = samples[: options.samples]
+    if len(looked_at) < min(FEWEST, len(samples)):
+        raise Refused(f"--samples {options.samples}: leaving one out takes at least {FEWEST}")
     if len(looked_at) < FEWEST:
+        there = "1 sample" if len(looked_at) == 1 else f"{len(looked_at)} samples"
         raise Refused(
-            f"{len(looked_at)} samples in {', '.join(map(str, data))}: leaving one out takes at least {FEWEST} "
-            "(a line of a .jsonl is a sample, a .txt is one)"
+            f"{there} in {', '.join(map(str, data))}: leaving one out takes at least {FEWEST} (a line of a .jsonl is a"
+            " sample, a .txt is one)"
         )
     wanted = planned(model, passes, options).require()
     trial, notes = stand_ins(wanted)

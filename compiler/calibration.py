@@ -43,9 +43,13 @@ class Calibration:
         return hashlib.sha256(self.tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def __str__(self) -> str:
-        count, length = self.tokens.shape
         source = ", ".join(self.files) or f"the text that ships with qc ({self.available} windows)"
-        return f"{count} windows of {length} tokens from {source}"
+        return f"{windows_of(*self.tokens.shape)} from {source}"
+
+
+def windows_of(count: int, length: int) -> str:
+    """``4 windows of 64 tokens``."""
+    return f"{count} window{'' if count == 1 else 's'} of {length} tokens"
 
 
 def calibration(
@@ -122,11 +126,11 @@ def shipped_text() -> str:
 
 def _read_file(file: Path) -> list[Sample]:
     if file.suffix not in SUFFIXES:
-        raise Refused(f"{file}: calibration text is read from {', '.join(SUFFIXES)}, not '{file.suffix}'")
+        raise Refused(f"{file}: text is read from {', '.join(SUFFIXES)}, not '{file.suffix}'")
     try:
         content = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise Refused(f"{file}: no such file; give a calibration text that exists") from None
+        raise Refused(f"{file}: no such file; give a text that exists") from None
     except UnicodeDecodeError as error:
         raise Refused(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -139,7 +143,7 @@ def _read_file(file: Path) -> list[Sample]:
         lines = enumerate(content.split("\n"), start=1)
         samples = [_line_sample(line, f"{file}, line {number}") for number, line in lines if line.strip()]
     if not any(sample.text.strip() for sample in samples):
-        raise Refused(f"{file}: holds no text; give a calibration file with text in it")
+        raise Refused(f"{file}: holds no text; give a file with text in it")
     return samples
 
 

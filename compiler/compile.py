@@ -165,7 +165,16 @@ def plan(
     if options.max_memory is not None:
         planned = fitted(planned, limits_of(options.max_memory, device_named(options.device)))
     unserved = served_otherwise(planned) if isinstance(passes, Recipe) and given.target is None else ()
-    return replace(planned, notes=(*origin(passes, given), *planned.notes, *unserved))
+    return replace(
+        planned, problems=(*planned.problems, *_unread(planned, options)),
+        notes=(*origin(passes, given), *planned.notes, *unserved),
+    )  # fmt: skip
+
+
+def _unread(planned: Plan, options: Options) -> tuple[str, ...]:
+    """Files of calibration text that a plan needs and that are not there."""
+    missing = [file for file in options.calib if not Path(file).is_file()] if planned.needs_data else []
+    return tuple(f"--calib {file}: no such file; give a text that exists" for file in missing)
 
 
 def _chosen(

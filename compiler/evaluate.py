@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.phase import set_phase
-from .calibration import read_texts
+from .calibration import read_texts, windows_of
 from .calibration import windows as cut
 from .errors import Refused
 from .half_linear import HalfLinear, has_half_units
@@ -231,7 +231,7 @@ def format(evaluation: Evaluation) -> str:
     """The evaluation as a small table; a sentence says when the difference means nothing."""
     e = evaluation
     rows = [
-        (f"{e.windows} windows of {e.length} tokens", "quantized", "reference"),
+        (windows_of(e.windows, e.length), "quantized", "reference"),
         (
             "perplexity",
             _plus_minus(e.perplexity, e.perplexity * e.nll_error, 3),

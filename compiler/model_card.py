@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .calibration import Calibration
+from .calibration import Calibration, windows_of
 from .certificate import LIMIT
 from .cost import cost_of
 from .errors import Refused
 from .export import CARD
 from .journal import Journal
 from .plan import Plan
-from .plan_text import title
 
 _BEGIN, _END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 _UNKNOWN = "Not measured. `qc eval OUT --reference MODEL --text FILE --card` measures it and writes it here."
@@ -59,15 +58,22 @@ Without `quantization_config` transformers would take the integers for float wei
 }
 
 
-def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
-    """The card as Markdown, with the metadata of the hub in front. Nothing in it varies between two runs."""
+def model_card(plan: Plan, journal: Journal, command: str, data: Calibration | None) -> str:
+    """The card as Markdown, with the metadata of the hub in front. Nothing in it varies between two runs.
+
+    Args:
+        plan: What was compiled.
+        journal: What happened.
+        command: What repeats it, see ``same_command``.
+        data: What it was calibrated on, if it was.
+    """
     cost = cost_of(plan, peak=False)
     tags = ["qc", "quantized", *sorted({kind.type.lower() for kind in plan.formats.values()})]
     rows = [
-        ("base model", _base(plan) or title(plan)),
+        ("base model", _base(plan) or plan.program.title),
         *cost.rows()[:3],
         ("scheme", plan.scheme.name),
-        ("target", getattr(plan.target, "spelling", plan.target.name)),
+        ("target", plan.target.spelling),
         ("dtype of floats", str(plan.dtype).removeprefix("torch.")),
     ]
     return "\n".join([
@@ -78,7 +84,7 @@ def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
         f"tags: {json.dumps(tags)}",
         "---",
         "",
-        f"# {title(plan)}, quantized by qc",
+        f"# {plan.program.title}, quantized by qc",
         "",
         "| | |",
         "| --- | --- |",
@@ -88,9 +94,7 @@ def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
         "",
         *(f"{step.index + 1}. `{step.what}`" for step in plan.steps),
         "",
-        f"`qc compile MODEL --passes \"{','.join(str(step.what) for step in plan.steps)}\""
-        f" --scheme {plan.scheme.name} --target {getattr(plan.target, 'spelling', plan.target.name)}"
-        f"{f' --tp {plan.tp}' if plan.tp > 1 else ''} --seed {plan.seed} --out OUT`",
+        f"`{command}`",
         "",
         _calibration(data),
         *("" for _ in plan.notes[:1]),
@@ -123,15 +127,28 @@ def write_accuracy(directory: str | Path, text: str) -> None:
     Raises:
         Refused: There is no card, or the marks between which it stands are gone.
     """
-    path = Path(directory) / CARD
+    before, after = _around_accuracy(Path(directory) / CARD)
+    (Path(directory) / CARD).write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}", encoding="utf-8")
+
+
+def check_card(directory: str | Path) -> None:
+    """Whether a directory has a card for `write_accuracy`, which is better known before hours of measuring.
+
+    Raises:
+        Refused: It has none.
+    """
+    _around_accuracy(Path(directory) / CARD)
+
+
+def _around_accuracy(path: Path) -> tuple[str, str]:
+    """What stands before and behind the accuracy in a card."""
     if not path.is_file():
-        raise Refused(f"{directory}: no {CARD} to write into; qc compile makes one")
-    card = path.read_text(encoding="utf-8")
-    before, begin, rest = card.partition(_BEGIN)
+        raise Refused(f"{path.parent}: no {CARD} to write into; qc compile makes one")
+    before, begin, rest = path.read_text(encoding="utf-8").partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not (begin and end):
         raise Refused(f"{path}: the lines {_BEGIN} and {_END} are not there; put them where accuracy is told")
-    path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}", encoding="utf-8")
+    return before, after
 
 
 def _base(plan: Plan) -> str:
@@ -144,10 +161,10 @@ def _base(plan: Plan) -> str:
 def _calibration(data: Calibration | None) -> str:
     if data is None:
         return "No calibration data was used."
-    count, length = data.tokens.shape
     names = [Path(file).name for file in data.files]
     source = ", ".join(names) if names else "the text that ships with qc"
-    return f"Calibrated on {count} windows of {length} tokens from {source} (sha256 of the tokens {data.digest[:16]})."
+    held = windows_of(*data.tokens.shape)
+    return f"Calibrated on {held} from {source} (sha256 of the tokens {data.digest[:16]})."
 
 
 def _certificates(journal: Journal) -> str:

@@ -33,9 +33,14 @@ def new_pass(name: str, out: str | Path | None = None) -> Path:
     Raises:
         Refused: The name is no name or is taken, or the directory exists.
     """
-    if not NAME.fullmatch(name) or keyword.iskeyword(name):
+    title = "".join(part.capitalize() for part in name.split("_"))
+    if not NAME.fullmatch(name):
         raise Refused(
             f"{name!r} is no name of a pass: small letters, digits and single _, such as even_columns"
+        )
+    if keyword.iskeyword(name) or keyword.iskeyword(title):
+        raise Refused(
+            f"{name!r} is no name of a pass: {name} or {title} is a word of Python's own; add another word"
         )
     for group in ("passes", "presets", "recipes"):
         if name in registry.names(group):
@@ -50,13 +55,15 @@ def new_pass(name: str, out: str | Path | None = None) -> Path:
         "name": name,
         "package": f"qc-{name.replace('_', '-')}",
         "module": f"qc_{name}",
-        "Class": "".join(part.capitalize() for part in name.split("_")),
+        "Class": title,
     }
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as folder:
         for source, target in FILES.items():
             file = Path(folder, "new", Template(target).substitute(words))
             file.parent.mkdir(parents=True, exist_ok=True)
-            template = files(__package__).joinpath("skeleton", source).read_text(encoding="utf-8")
+            template = (
+                files(__package__ or "qc.compiler").joinpath("skeleton", source).read_text(encoding="utf-8")
+            )
             file.write_text(Template(template).substitute(words), encoding="utf-8")
         shutil.move(Path(folder, "new"), out)
     return out

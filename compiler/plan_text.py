@@ -21,7 +21,7 @@ def plan_text(plan: Plan, *, cost: Cost | None = None, calibration: str | None =
     Nothing in it varies between runs but the estimate of peak memory, which a ``cost`` without it leaves out.
     """
     cost = cost or cost_of(plan)
-    lines = [f"plan for {title(plan)}", ""]
+    lines = [f"plan for {plan.program.title}", ""]
     for step in plan.steps:
         lines += step_lines(step)
     lines.append("")
@@ -38,13 +38,6 @@ def plan_text(plan: Plan, *, cost: Cost | None = None, calibration: str | None =
         lines += ["", f"problems ({len(plan.problems)}):"]
         lines += [f"  {number}. {problem}" for number, problem in enumerate(plan.problems, 1)]
     return "\n".join(lines) + "\n"
-
-
-def title(plan: Plan) -> str:
-    """What is compiled: architecture, number of blocks and linears."""
-    program = plan.program
-    architectures = getattr(program.config, "architectures", None) or [type(program.root).__name__]
-    return f"{architectures[0]}, {len(program.blocks)} blocks"
 
 
 def step_lines(step: Step) -> list[str]:
@@ -109,7 +102,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """
     run = plan.run
     return {
-        "model": title(plan),
+        "model": plan.program.title,
         "blocks": len(plan.program.blocks),
         "passes": [
             {

@@ -140,6 +140,17 @@ class Program:
         return {}
 
     @property
+    def architecture(self) -> str:
+        """``LlamaForCausalLM``, as the config says it, or the class of a model without one."""
+        names = getattr(self.config, "architectures", None) or [type(self.root).__name__]
+        return str(names[0])
+
+    @property
+    def title(self) -> str:
+        """Architecture and number of blocks: ``LlamaForCausalLM, 30 blocks``."""
+        return f"{self.architecture}, {len(self.blocks)} blocks"
+
+    @property
     def blocks(self) -> tuple[Part, ...]:
         """The repeated stretches of the graph, without prologue and epilogue."""
         return tuple(part for part in self.parts if part.kind >= 0)

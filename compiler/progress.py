@@ -26,7 +26,8 @@ def shown() -> Iterator[Callable[[Progress], None]]:
             if progress.part != last:
                 last = progress.part
                 left = time_left(time.monotonic() - started, progress.index, progress.total)
-                line = f"[{progress.index + 1}/{progress.total}] {progress.part}{left}"
+                at = min(progress.index + 1, progress.total)  # the index of what is done is the total
+                line = f"[{at}/{progress.total}] {progress.part}{left}"
                 print(line, file=sys.stderr, flush=True)
 
         yield plain

@@ -62,37 +62,44 @@ class Again:
 
 
 def reproduce(
-    file: str | Path, *, model: Any = None, passes: str | Iterable[str | Pass] | None = None
-) -> Again:
+    file: str | Path, *, model: Any = None, passes: str | Iterable[str | Pass] | None = None,
+    trust_remote_code: bool = False,
+) -> Again:  # fmt: skip
     """Prove the rewrite of a file again, by the passes as they are now.
 
     Args:
         file: What a compile with a failed proof wrote.
         model: In place of the path that the file names, such as a module in memory.
         passes: In place of those that the file names; needed where one of them has no registered name.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
 
     Raises:
-        Refused: The file is none of these, or the plan no longer has this rewrite.
+        Refused: The file is none of these, or the plan no longer has this rewrite, or not with these unknowns.
     """
-    try:
-        with safe_open(file, "pt") as opened:
-            said = json.loads((opened.metadata() or {})["qc"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, KeyError, ValueError, SafetensorError) as error_:
-        raise Refused(f"{file}: this is no file of a failed proof ({error_})") from None
+    said, tensors = _read(Path(file))
     if model is None and said["model"] is None:
         raise Refused(f"{file}: the model was in memory: give it, reproduce(file, model=...)")
-    program = capture(said["model"] if model is None else model, certify=False)
+    program = capture(
+        said["model"] if model is None else model, certify=False, trust_remote_code=trust_remote_code
+    )
     plan = make_plan(
         program, said["passes"] if passes is None else passes, scheme=_scheme(said), target=said["target"],
         tp=said["tp"], seed=said["seed"],
     )  # fmt: skip
+    if said["part"] >= len(plan.program.parts):
+        raise Refused(f"{file}: the model has no part {said['part']}: it is not the one that was compiled")
     part = plan.program.parts[said["part"]]
     rewrite, step = _of(plan, said, part, str(file))
     following = plan.steps[step.index + 1] if step.index + 1 < len(plan.steps) else None
     after = (following.program, following.bases) if following else (plan.final, plan.bases)
     rows = {**{n[4:]: t for n, t in tensors.items() if n.startswith("row/")}, **said["numbers"]}
     base = {**neutral(after[0], part), **{n[7:]: t for n, t in tensors.items() if n.startswith("weight/")}}
+    for slot in rewrite.slots:
+        if f"value/{slot.name}" not in tensors:
+            raise Refused(
+                f"{file}: the pass now solves {slot.name}, of which the file has no value: compile again, or give the"
+                " unknowns the names that they had"
+            )
     values = {slot: tensors[f"value/{slot.name}"] for slot in rewrite.slots}
     before = outcome(step.program, part, base, rows, step.bases)
     edited = Edited(after[0], base, rewrite.edits, values, torch.float64)
@@ -103,6 +110,22 @@ def reproduce(
         math,
         said["math"],
     )
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file says of its proof, and the tensors that it ran on."""
+    none = f"{file}: this is no file of a failed proof"
+    if not file.is_file():
+        raise Refused(f"{none} ({'a directory' if file.is_dir() else 'no such file'})")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            if "qc" not in metadata:
+                raise Refused(f"{none}: it holds tensors, and nothing that qc says of them")
+            said = json.loads(metadata["qc"])
+            return said, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error_:
+        raise Refused(f"{none} ({error_})") from None
 
 
 def _said(scheme: Scheme) -> dict[str, Any]:
@@ -152,5 +175,8 @@ def kept(failed: Failed, plan: Plan, out: Path) -> Failed:
     found = getattr(failed, "evidence", None)
     if found is None:
         return failed
-    file = write(out, plan, found)
+    try:
+        file = write(out, plan, found)
+    except (OSError, SafetensorError) as error_:  # a full disk must not hide what failed
+        return type(failed)(f"{failed}. What it ran on could not be kept beside {out}: {error_}")
     return type(failed)(f"{failed}. qc reproduce {file} proves this rewrite alone again")

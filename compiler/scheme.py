@@ -65,6 +65,11 @@ class LinearScheme:
         return self.weight is not None
 
     @property
+    def bits(self) -> int:
+        """Bits of the weight, 16 where it is float."""
+        return 16 if self.weight is None else self.weight.bits
+
+    @property
     def static(self) -> bool:
         """Whether the activation's scale is fixed at calibration."""
         return self.act is not None and self.act.per == "tensor"

@@ -281,7 +281,8 @@ def _compiled(what: Pass, family: str, passes: Sequence[str | Pass], options: Op
             wrong += [f"verify: {one.name}: {said}" for said in one.wrong[:3]]
         if again:
             first, second = ({p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} for out in outs)
-            differ = [name for name in sorted(first) if first[name] != second.get(name) and name != RUN]
+            names = sorted(first.keys() | second.keys())
+            differ = [name for name in names if first.get(name) != second.get(name) and name != RUN]
             wrong += [f"two compiles write different bytes: {', '.join(differ)}"] if differ else []
         with torch.no_grad():
             logits = load(outs[0])(torch.arange(2, 18).unsqueeze(0)).logits

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,37 +20,19 @@ from .certificate import LIMIT
 from .compressed_library import NAME as COMPRESSED_TENSORS
 from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, block_by, description_of
 from .errors import Refused
-from .export import MANIFEST, UNHASHED, digests
+from .export import MANIFEST
 from .journal import FILE as JOURNAL
 from .journal import quantized
 from .load_modules import format_on_meta
 from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
 from .shards import NUMPY, Shards, find_shards, read_json
 from .targets.compressed_modules import modules_of_block
+from .verify_files import Check, files_as_written, inputs_as_read
 
 ORTHOGONAL = 0.05
 """How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
 CONDITION = 1e4
 """Largest condition number of a factor that a weight can have been folded by."""
-SHOWN = 20
-"""Findings that are printed of one check."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One kind of check: what was looked at, and everything found wrong."""
-
-    name: str
-    looked_at: str
-    wrong: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if not self.wrong:
-            return f"{self.name}: {self.looked_at}"
-        rest = [f"  and {len(self.wrong) - SHOWN} more"] if len(self.wrong) > SHOWN else []
-        return "\n".join(
-            [f"{self.name}: {len(self.wrong)} wrong", *(f"  {w}" for w in self.wrong[:SHOWN]), *rest]
-        )
 
 
 def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ...]:
@@ -63,7 +44,7 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
             the manifest too.
 
     Raises:
-        Refused: No such directory, or nothing there that qc wrote.
+        Refused: One of them is no directory, or nothing is there that qc wrote.
     """
     path = Path(path)
     if not path.is_dir():
@@ -71,9 +52,13 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
     if not (path / MANIFEST).is_file():
         raise Refused(f"{path}: no {MANIFEST}, so this is not what qc compile writes")
     manifest = read_json(path / MANIFEST)
-    checks = [_files(path, manifest)]
+    checks = [files_as_written(path, manifest)]
     if model is not None:
-        checks.append(_inputs(Path(model), manifest))
+        if not Path(model).is_dir():
+            raise Refused(
+                f"--model {model}: no such directory; give the checkpoint that {path} was made from"
+            )
+        checks.append(inputs_as_read(Path(model), manifest))
     if (path / NUMPY).is_file():
         unread = Check("tensors", "not looked at: .npy dictionaries are pickles, which qc never reads", ())
         return (*checks, unread, _certificates(path, manifest, None))
@@ -106,56 +91,6 @@ def _linears(path: Path) -> tuple[Shards, dict[str, IntegerLinear], Mapping[str,
         raise Refused(f"{path}: neither {DESCRIPTION} nor a quantization_config says what its tensors are")
     modules, wrong = modules_of(shards, description, dtype)
     return shards, modules, description, wrong
-
-
-def _files(path: Path, manifest: Mapping[str, Any]) -> Check:
-    """Every file that the manifest names is there as it was written, and no other is."""
-    named = _digests_of(manifest, "outputs")
-    there = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    wrong = [f"{name} is missing" for name in named if name not in there]
-    wrong += [f"{name} is in no manifest" for name in sorted(there.keys() - named.keys() - set(UNHASHED))]
-    wrong += _differing(named, there)
-    size = sum(file.stat().st_size for file in there.values()) / 1e9
-    return Check("files", f"{len(named)} with {size:.3f} GB, as they were written", tuple(wrong))
-
-
-def _inputs(model: Path, manifest: Mapping[str, Any]) -> Check:
-    """The checkpoint is the one from which the output was made."""
-    prefix = "model/"
-    named = {
-        name.removeprefix(prefix): digest
-        for name, digest in _digests_of(manifest, "inputs").items()
-        if name.startswith(prefix)
-    }
-    there = {name: model / name for name in named if (model / name).is_file()}
-    wrong = [f"{model / name} is missing" for name in named if name not in there]
-    if not named:
-        wrong = ["the manifest names no file of a checkpoint: the model was compiled from memory"]
-    return Check("inputs", f"{len(named)} files of {model}", (*wrong, *_differing(named, there)))
-
-
-def _digests_of(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = manifest.get(key)
-    if not isinstance(found, dict):
-        raise Refused(f"{MANIFEST} has no {key}: it was not written by qc compile, or was changed")
-    return found
-
-
-def _differing(named: Mapping[str, Any], there: Mapping[str, Path]) -> list[str]:
-    found = digests({name: there[name] for name in named if name in there})
-    return [
-        f"{name} has changed: {_short(digest)}, the manifest says {_short(named[name])}"
-        for name, digest in found.items()
-        if digest != named[name]
-    ]
-
-
-def _short(digest: Any) -> str:
-    return (
-        f"{digest['bytes']} bytes, sha256 {digest['sha256'][:12]}"
-        if isinstance(digest, dict)
-        else str(digest)
-    )
 
 
 def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qc.compiler.calibration import calibration, read_texts, shipped_text, windows
+from qc.compiler.calibration import calibration, read_texts, shipped_text, windows, windows_of
 from qc.compiler.errors import Refused
 
 
@@ -82,6 +82,7 @@ def test_fewer_windows_than_samples_are_used_and_counted(tmp_path: Path):
     assert (few.tokens.shape, few.available) == ((2, 10), 2)
     assert calibration([file], byte_tokenizer, samples=1, length=10).available == 2
     assert str(few) == f"2 windows of 10 tokens from {file}"
+    assert windows_of(1, 10) == "1 window of 10 tokens"
 
 
 def test_digest_is_of_the_ids_used(tmp_path: Path):

@@ -230,6 +230,23 @@ def test_every_command_and_option_has_its_place() -> None:
         assert [o for o in options if o.startswith("--") and o != "--help" and f"`{o}" not in section] == []
 
 
+def test_the_help_of_every_command_says_what_it_does_and_what_every_word_means() -> None:
+    (sub,) = [action for action in make_parser()._actions if isinstance(action.choices, dict)]
+    assert isinstance(sub.choices, dict)
+    parsers = dict(sub.choices)
+    for name, parser in sub.choices.items():
+        below = [action.choices for action in parser._actions if isinstance(action.choices, dict)]
+        parsers |= {f"{name} {one}": held for choices in below for one, held in choices.items()}
+    assert [name for name, parser in parsers.items() if not parser.description] == []
+    silent = [
+        f"{name} {action.dest}"
+        for name, parser in parsers.items()
+        for action in parser._actions
+        if not action.help and not isinstance(action.choices, dict)
+    ]
+    assert silent == []
+
+
 def test_every_verb_and_law_has_its_place() -> None:
     page = prose(ROOT / "docs" / "concepts.md")
     assert [verb.name for verb in Verb if f"`{verb.name}`" not in page] == []

@@ -12,7 +12,8 @@ import torch
 from checkpoints import TINY, WORDS, save_float, save_quantized
 from torch import nn
 
-from qc.compiler.cli import main
+from qc.compiler.cli import main, make_parser
+from qc.compiler.commands.eval import tasks_asked
 from qc.compiler.layer_error import LayerError, layer_errors, table
 from qc.compiler.layer_plot import layer_plot
 from qc.compiler.load import load
@@ -159,13 +160,32 @@ def test_more_refusals(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
     words = ["eval", str(source), "--reference", str(source), "--text", str(text), "--length", "32"]
     assert main([*words, "--phase", "decode"]) == 2
     assert "no linear of" in capsys.readouterr().err
-    assert main([*words, "--by", "layer", "--plot", str(tmp_path / "p.png")]) == 2
-    assert "give a file that ends in .svg" in capsys.readouterr().err
-    assert main([*words, "--card"]) == 2
-    assert "no README.md to write into" in capsys.readouterr().err
     (source / "README.md").write_text("mine")
     with pytest.raises(Exception, match="are not there; put them where accuracy is told"):
         write_accuracy(source, "new")
+
+
+def test_what_can_not_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_float(tmp_path / "float")
+    monkeypatch.setattr("qc.compiler.evaluate.measure", lambda *args, **options: pytest.fail("it measured"))
+    words = ["eval", str(source), "--reference", str(source), "--text", str(text), "--length", "32"]
+    for plot, why in (
+        ("p.png", "give a name that ends in .svg"),
+        ("no/p.svg", "its directory does not exist"),
+    ):
+        assert main([*words, "--by", "layer", "--plot", str(tmp_path / plot)]) == 2
+        assert why in capsys.readouterr().err
+    assert main([*words, "--card"]) == 2
+    assert "no README.md to write into" in capsys.readouterr().err
+
+
+def test_the_command_of_tasks_says_what_is_zero() -> None:
+    words = ["eval", "out", "--tasks", "arc_easy", "--shots", "0", "--phase", "decode"]
+    assert tasks_asked(make_parser().parse_args(words)) == (
+        "`qc eval OUT --tasks arc_easy --shots 0 --phase decode`"
+    )
 
 
 def test_without_the_library_tasks_are_refused(

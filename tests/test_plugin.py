@@ -265,7 +265,7 @@ def test_a_skeleton_is_a_package_that_passes_its_own_tests(
     monkeypatch.chdir(tmp_path)
     status, said = command(["new-pass", "even_columns"])
     assert status == 0
-    assert "next: pip install -e qc-even-columns" in said
+    assert 'next: pip install -e "qc-even-columns[test]"' in said
     made = tmp_path / "qc-even-columns"
     install(made, tmp_path / "site")
     paths = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[1])])
@@ -292,6 +292,7 @@ def test_the_pass_of_a_skeleton_stands_the_suite_on_every_family(
     [
         (["EvenColumns"], "'EvenColumns' is no name of a pass"),
         (["class"], "'class' is no name of a pass"),
+        (["none"], "None is a word of Python's own"),
         (["../x"], "'../x' is no name of a pass"),
         (["gptq"], "gptq is a pass of qc already"),
         (["quarot"], "quarot is a preset of qc already"),

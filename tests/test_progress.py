@@ -20,6 +20,12 @@ def test_a_pipe_gets_one_plain_line_per_part(capsys: pytest.CaptureFixture[str])
     assert third == "[3/3] epilogue, about 0 s left"
 
 
+def test_what_is_done_is_not_counted_beyond_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    with shown() as report:
+        report(Progress("boolq", 1, 1, "questions answered right"))
+    assert capsys.readouterr().err == "[1/1] boolq\n"
+
+
 def test_time_left_is_said_once_it_can_be_known() -> None:
     assert time_left(10, 1, 32) == ""
     assert time_left(20, 2, 8) == ", about 60 s left"

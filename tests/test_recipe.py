@@ -305,7 +305,9 @@ def test_a_dataset_that_is_not_there_asks_for_calib(written: Written) -> None:
     path, program = written(LAOS + "  dataset: boolq.jsonl\n"), captured("llama-128")
     with pytest.raises(Refused, match=r"dataset 'boolq.jsonl' is no file.*--calib"):
         qc.plan(program, config=path)
-    assert plan(program, read_recipe(path), Options(calib=("other.txt",))).problems == ()
+    other = path.with_name("other.txt")
+    other.write_text("the quick brown fox")
+    assert plan(program, read_recipe(path), Options(calib=(other,))).problems == ()
     (path.parent / "boolq.jsonl").mkdir()
     with pytest.raises(Refused, match=r"is no file.*--calib"):
         qc.plan(program, config=path)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from qc.compiler import edit as edits_of
 from qc.compiler.cli import main
-from qc.compiler.compile import Options, compile
+from qc.compiler.compile import Options, compile, plan
 from qc.compiler.edit import Verb
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
@@ -235,6 +235,16 @@ def test_calibration_that_can_not_be_used_exits_with_2(
     assert status == 2
     assert words in err
     nothing_at(tmp_path / "out")
+
+
+def test_a_plan_lists_the_calibration_text_that_is_not_there(
+    home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    place, missing = home("llama-128"), tmp_path / "missing.txt"
+    options = Options(scheme="w8a8", calib=(place.text, missing))
+    problems = plan(place.program, "iter_smooth,linear_quant", options).problems
+    assert problems == (f"--calib {missing}: no such file; give a text that exists",)
+    assert plan(place.program, "linear_quant", options).problems == ()  # nothing is read for it
 
 
 def test_a_plan_with_problems_is_refused_before_weights_are_read(

@@ -63,6 +63,45 @@ def test_a_compile_writes_a_report_of_what_it_did(home: Callable[[str], Home], t
     assert [check for check in verify(tmp_path / "out") if check.wrong] == []
 
 
+def test_a_pass_that_stands_twice_has_its_own_numbers(home: Callable[[str], Home], tmp_path: Path) -> None:
+    passes = "iter_smooth,linear_quant{include=*mlp*},linear_quant{include=*self_attn*}"
+    compiled(home("llama-128"), tmp_path / "out", passes, scheme="w8a8")
+    steps = data_in(tmp_path / "out")["steps"]
+    assert [(step["name"], step["linears"]) for step in steps[1:]] == [
+        ("linear_quant", 9), ("linear_quant", 12)
+    ]  # fmt: skip
+    assert steps[0]["proofs"] > 0
+
+
+def commands_in(out: Path) -> tuple[str, str]:
+    """What the report and the model card say of how to repeat a compile."""
+    (line,) = (
+        line for line in (out / "README.md").read_text().splitlines() if line.startswith("`qc compile")
+    )
+    return data_in(out)["provenance"]["command"], line.strip("`")
+
+
+def test_the_command_says_all_that_the_weights_depend_on(home: Callable[[str], Home], tmp_path: Path) -> None:
+    asked = {"target": "vllm-ascend[A3]==0.18", "seed": 3, "dtype": "float32", "fallback": "L1"}
+    compiled(home("llama-128"), tmp_path / "out", "iter_smooth,linear_quant", scheme="w8a8", **asked)
+    told, card = commands_in(tmp_path / "out")
+    assert told == card
+    assert re.fullmatch(
+        r'qc compile MODEL --passes "iter_smooth,linear_quant\{exclude=model\.layers\..*\}" --scheme w8a8'
+        r" --target 'vllm-ascend\[A3\]==0\.18' --seed 3 --calib calibration\.txt --samples 15 --length 24"
+        r" --dtype float32 --out OUT",
+        told,
+    )
+
+
+def test_the_command_of_chosen_formats_has_the_budget(home: Callable[[str], Home], tmp_path: Path) -> None:
+    compiled(home("llama-128"), tmp_path / "out", "linear_quant", avg_bits=6.0, choose_from="w4a4,w8a8")
+    assert commands_in(tmp_path / "out")[0] == (
+        'qc compile MODEL --passes "linear_quant" --avg-bits 6 --choose-from w4a4,w8a8 --target vllm-ascend'
+        " --calib calibration.txt --samples 15 --length 24 --out OUT"
+    )
+
+
 def test_the_run_is_told_of_only_when_asked(home: Callable[[str], Home], tmp_path: Path) -> None:
     compiled(home("llama-128"), tmp_path / "out", "linear_quant", scheme="w8a8", timings=True)
     told = data_in(tmp_path / "out")["run"]
@@ -131,5 +170,7 @@ def test_kinds_of_parts_beyond_the_drawn_ones_are_counted(monkeypatch: pytest.Mo
 def test_the_data_is_a_function_of_plan_and_journal(home: Callable[[str], Home], tmp_path: Path) -> None:
     result = compiled(home("llama-128"), tmp_path / "out", "iter_smooth,linear_quant", scheme="w8a8")
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
-    one, two = (report_data(result.plan, result.journal, manifest, result.calibration) for _ in range(2))
+    one, two = (
+        report_data(result.plan, result.journal, manifest, "qc compile", result.calibration) for _ in range(2)
+    )
     assert page(one) == page(two)

@@ -186,3 +186,15 @@ def test_four_hundred_layers(report: Path, tmp_path: Path) -> None:
         seen.page.get_by_text("Show all 2,800 rows").wait_for()
         assert seen.page.locator("*").count() < 8000
         assert seen.said == []
+
+
+def test_no_minute_has_sixty_seconds(report: Path, tmp_path: Path) -> None:
+    data = data_of(report)
+    data["run"] |= {"seconds": 119.7, "stages": {"load": 89.4, "write": 89.6}}
+    file = tmp_path / REPORT
+    file.write_text(page(data), encoding="utf-8")
+    with opened(file) as seen:
+        told = seen.page.locator("#timings").inner_text()
+    assert "2 min 0 s" in told
+    assert "89.4 s" in told
+    assert "1 min 30 s" in told

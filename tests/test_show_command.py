@@ -9,7 +9,10 @@ from xml.etree import ElementTree
 
 import networkx as nx
 import pytest
+import torch
+from torch import Tensor, nn
 
+from qc.compiler.capture import capture
 from qc.compiler.show.formats import SUFFIXES
 from tests.homes import Home
 from tests.pages import qc
@@ -61,6 +64,17 @@ def test_only_prints_the_rows_of_matches(model: str) -> None:
     ]
 
 
+def test_only_shows_matches_that_name_one_module(model: str) -> None:
+    lines = shown("show", model, "--only", "linear", "--layer", "0").splitlines()
+    rows = [line.partition(" = linear ")[2].partition("(")[0] for line in lines if " = linear " in line]
+    assert rows == [
+        *(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+    ]  # fmt: skip
+    assert (
+        shown("show", model, "--only", "residual") == "no match of residual: qc why MODEL residual says why\n"
+    )
+
+
 def test_diff_keeps_the_names_of_values(model: str) -> None:
     got = shown("diff", model, "--passes", "online_rotation,linear_quant", "--scheme", "w4a4", "--step", "1")
     changed = [line for line in got.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
@@ -94,7 +108,7 @@ def test_model_explorer_json_has_every_edge(model: str, tmp_path: Path) -> None:
 
 def test_a_journal_that_is_cut_off_is_refused(model: str, tmp_path: Path) -> None:
     (tmp_path / "qc_journal.jsonl").write_text('{"where": "mod', encoding="utf-8")
-    status, said = qc(["show", model, "--journal", str(tmp_path)])
+    status, said = qc(["show", model, "--passes", PASSES, "--journal", str(tmp_path)])
     assert status == 2
     assert "qc_journal.jsonl: not readable as lines of JSON" in said
 
@@ -113,7 +127,13 @@ def test_a_journal_that_is_cut_off_is_refused(model: str, tmp_path: Path) -> Non
         (["--only", "up-down"], "did you mean up_down"),
         (["--format", "svgg"], "unknown format 'svgg'; did you mean svg?"),
         (["--out", "a.pdf"], "its suffix says no format: give --format, or one of .txt"),
-        (["--journal", "."], "it is not the output of qc compile"),
+        (["--journal", ".", "--passes", PASSES], "it is not the output of qc compile"),
+        (["--journal", "."], "--journal .: no passes were given"),
+        (["--journal", ".", "--passes", PASSES, "--out", "a.svg"], "printed in text and html, not in svg"),
+        (["--out", "no/where.svg"], "--out no/where.svg: its directory does not exist"),
+        (["--out", ".", "--format", "svg"], "--out .: this is a directory"),
+        (["--only", "ov", "--out", "a.json"], "--only ov: model-explorer takes whole graphs"),
+        (["--every-op", "--out", "a.svg"], "a svg of the whole model has no box per op"),
     ],
 )
 def test_what_is_refused_says_the_fix(model: str, words: list[str], why: str) -> None:
@@ -144,6 +164,33 @@ def test_networkx_export_is_whole_and_can_be_written(tmp_path: Path) -> None:
     modules = [held["target"] for held in graph.nodes.values() if held["bits"]]
     assert sorted(modules) == sorted(name for name, leaf in program.leaves.items() if leaf.kind == "linear")
     nx.write_graphml(graph, tmp_path / "graph.graphml")
+
+
+class Squared(nn.Module):
+    """A block that multiplies a value by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x * x
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 8), nn.Linear(8, 32)
+        self.layers = nn.ModuleList([Squared(), Squared()])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_a_value_that_is_read_twice_has_both_places_on_its_edge() -> None:
+    graph = capture(Squares(), example={"input_ids": torch.zeros(1, 4, dtype=torch.long)}).to_networkx()
+    products = [edge for edge in graph.edges if graph.nodes[edge[1]]["op"] == "mul"]
+    places = [graph.edges[edge]["operands"] for edge in products]
+    assert places == ["0,1", "0,1"]
 
 
 @pytest.mark.real

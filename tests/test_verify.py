@@ -222,6 +222,13 @@ def test_the_checkpoint_that_it_was_made_from(good: Path, home: Home, tmp_path: 
     save_file({"another": torch.ones(1)}, other / "model.safetensors")
     assert "model.safetensors has changed" in str(verify(good, other)[1])
     assert "is missing" in str(verify(good, tmp_path)[1])
+    with pytest.raises(Refused, match=r"--model .*nowhere: no such directory; give the checkpoint"):
+        verify(good, tmp_path / "nowhere")
+
+
+def test_the_size_of_the_files_is_in_units_that_fit(good: Path) -> None:
+    size = sum(file.stat().st_size for file in good.rglob("*") if file.is_file())
+    assert f" with {size / 1024:.0f} KiB, as they were written" in str(verify(good)[0])
 
 
 def test_what_qc_did_not_write_is_refused(

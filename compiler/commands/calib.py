@@ -31,9 +31,9 @@ def _add_mix(commands: Any) -> None:
         help="questions of each set: boolq=4,gsm8k=3",
     )
     command.add_argument("--positive", metavar="MODEL", help="only questions that this model answers right")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the drawing (default 0)")
     command.add_argument("--out", required=True, metavar="FILE", help=".jsonl (or .json) to write")
-    command.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    command.add_argument("--force", action="store_true", help="replace FILE when it exists")
     command.set_defaults(run=run_mix)
 
 
@@ -60,7 +60,7 @@ def _add_refine(commands: Any) -> None:
         help="drop at most so many of the samples (default 0.25)",
     )
     command.add_argument("--out", required=True, metavar="FILE", help=".jsonl (or .json) to write")
-    command.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    command.add_argument("--force", action="store_true", help="replace FILE when it exists")
     command.set_defaults(run=run_refine)
 
 
@@ -77,7 +77,8 @@ def run_mix(args: argparse.Namespace) -> None:
         )  # fmt: skip
     for one in made.sets:
         print(one)
-    print(f"wrote {made.path}: {len(made.samples)} samples")
+    count = len(made.samples)
+    print(f"wrote {made.path}: {count} sample{'' if count == 1 else 's'}")
 
 
 def run_refine(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     what = "compile a model into a quantized checkpoint"
     command = commands.add_parser("compile", help=what, description=what)
     plan_options(command)
-    command.add_argument("--out", required=True, help="directory to make")
+    command.add_argument("--out", required=True, metavar="DIR", help="directory to make")
     command.add_argument(
         "--fallback", default="L0", metavar="LK",
         help="leave the K most sensitive places float, found on the calibration data (L5)",
@@ -21,7 +21,9 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--timings", action="store_true", help="let report.html tell of this run: seconds, memory, host"
     )
-    command.add_argument("--force", action="store_true", help="replace OUT when it exists")
+    command.add_argument(
+        "--force", action="store_true", help="replace DIR when it is an output of qc or a checkpoint"
+    )
     command.set_defaults(run=run)
 
 

@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     command = commands.add_parser("diff", help=what, description=what)
     state_options(command, required=True)
     command.add_argument("--step", metavar="PASS", help="this pass only, or step N of the plan")
-    command.add_argument("--layer", type=int, help="one block only")
+    command.add_argument("--layer", type=int, metavar="N", help="one block only")
     command.set_defaults(run=run)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser("generate", help="let an exported checkpoint answer")
-    command.add_argument("out", metavar="OUT")
-    command.add_argument("prompt")
-    command.add_argument("--max-new-tokens", type=int, default=64)
+    what = "let an exported checkpoint answer"
+    command = commands.add_parser("generate", help=what, description=what)
+    command.add_argument("out", metavar="OUT", help="checkpoint directory, quantized or float")
+    command.add_argument("prompt", metavar="PROMPT", help="what is said to it (quote it)")
+    command.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default 64)"
+    )
     command.add_argument(
         "--phase", choices=("served", "prefill", "decode"), default="served",
         help="arithmetic of linears that have two: served decodes behind the prompt (default served)",

@@ -46,16 +46,28 @@ def solve_options(
     """The options of whatever solves a plan; ``--samples`` counts what a command says."""
     command.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
     what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--passes", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)')
+    what.add_argument(
+        "--passes", metavar="LIST", help='e.g. "iter_smooth{alpha=0.7},quarot,autoround" (quote it)'
+    )
     what.add_argument("--config", metavar="FILE", help="a recipe: YAML of apiversion modelslim_v1")
-    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
-    command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
-    command.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of the server (default 1)")
+    command.add_argument(
+        "--scheme", metavar="NAME", help="number formats: auto, w8a8, w4a4, ... (default auto)"
+    )
+    command.add_argument(
+        "--target", metavar="NAME", help="who loads the result (default the recipe's, else vllm-ascend)"
+    )
+    command.add_argument(
+        "--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks of the server (default 1)"
+    )
     command.add_argument(
         "--calib", action="append", default=[], nargs="+", metavar="FILE", help="calibration text"
     )
-    command.add_argument("--samples", type=int, default=samples, help=f"{counted} (default {samples})")
-    command.add_argument("--length", type=int, default=512, help="tokens per window (default 512)")
+    command.add_argument(
+        "--samples", type=int, default=samples, metavar="N", help=f"{counted} (default {samples})"
+    )
+    command.add_argument(
+        "--length", type=int, default=512, metavar="N", help="tokens per window (default 512)"
+    )
     command.add_argument(
         "--calibrate-all-experts", action="store_true", help="let every expert see every calibration token"
     )
@@ -63,11 +75,16 @@ def solve_options(
         "--max-memory", metavar="SIZE",
         help="most memory, such as cpu=8GiB,cuda:0=4GiB: work is cut into pieces, or the plan says what is too large",
     )  # fmt: skip
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default 0)")
     command.add_argument(
-        "--device", default="cpu", help="where blocks run: cpu, cuda:0, npu:0, mps, ... (default cpu)"
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="where blocks run: cpu, cuda:0, npu:0, mps, ... (default cpu)",
     )
-    command.add_argument("--dtype", default="auto", help="dtype of calibration runs: auto, bfloat16, float32")
+    command.add_argument(
+        "--dtype", default="auto", metavar="NAME", help="dtype of calibration runs: auto, bfloat16, float32"
+    )
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
 
 
@@ -77,10 +94,14 @@ def state_options(command: argparse.ArgumentParser, *, required: bool) -> None:
         "model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough"
     )
     what = command.add_mutually_exclusive_group(required=required)
-    what.add_argument("--passes", help="as these passes rewrite it (quote the list)")
+    what.add_argument("--passes", metavar="LIST", help="as these passes rewrite it (quote the list)")
     what.add_argument("--config", metavar="FILE", help="as the passes of this recipe rewrite it")
-    command.add_argument("--scheme", help="number formats: auto, w8a8, w4a4, ... (default auto)")
-    command.add_argument("--target", help="who loads the result (default the recipe's, else vllm-ascend)")
+    command.add_argument(
+        "--scheme", metavar="NAME", help="number formats: auto, w8a8, w4a4, ... (default auto)"
+    )
+    command.add_argument(
+        "--target", metavar="NAME", help="who loads the result (default the recipe's, else vllm-ascend)"
+    )
     command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
 
 
@@ -132,8 +153,15 @@ def check_drawing(option: str, file: str) -> None:
     """Refused for a file that no chart can be written to."""
     if not file.endswith(".svg"):
         raise Refused(f"{option} {file}: charts are SVG; give a name that ends in .svg")
+    check_place(option, file)
+
+
+def check_place(option: str, file: str | Path) -> None:
+    """Refused for a file that nothing can be written to: its directory is not there, or it is one itself."""
     if not Path(file).resolve().parent.is_dir():
-        raise Refused(f"{option} {file}: its directory does not exist")
+        raise Refused(f"{option} {file}: its directory does not exist: make it first")
+    if Path(file).is_dir():
+        raise Refused(f"{option} {file}: this is a directory: give the name of a file")
 
 
 def show_choice(args: argparse.Namespace, planned: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser("passes", help="list the passes, or say everything about one")
+    what = "list the passes, or say everything about one"
+    command = commands.add_parser("passes", help=what, description=what)
     command.add_argument("name", metavar="NAME", nargs="?", help="one of them")
     command.add_argument("--json", action="store_true", help="for machines")
     command.set_defaults(run=run)

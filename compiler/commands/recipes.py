@@ -8,7 +8,8 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser("recipes", help="list the named plans and what they reached")
+    what = "list the named plans and what they reached, or tell one of them"
+    command = commands.add_parser("recipes", help=what, description=what)
     command.add_argument("name", metavar="NAME", nargs="?", help="one of them")
     command.set_defaults(run=run)
 

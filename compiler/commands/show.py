@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Refused
-from .options import state_options, state_plan
+from .options import check_place, state_options, state_plan
 
 
 def add(commands: Any) -> None:
@@ -19,9 +19,11 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--after", metavar="PASS", help="as it is after this pass, or after step N of the plan"
     )
-    command.add_argument("--layer", type=int, help="one block only")
+    command.add_argument("--layer", type=int, metavar="N", help="one block only")
     command.add_argument("--only", metavar="PATTERN", help="only what matches this pattern")
-    command.add_argument("--format", help="text, svg, html, mermaid, dot, png or model-explorer")
+    command.add_argument(
+        "--format", metavar="NAME", help="text, svg, html, mermaid, dot, png or model-explorer"
+    )
     command.add_argument(
         "--out", metavar="FILE", type=Path, help="write it there; the suffix says the format"
     )
@@ -42,12 +44,11 @@ def run(args: argparse.Namespace) -> None:
     from ..show.terminal import ROWS, show
 
     format = format_of(args.format, args.out)
+    _check_asked(args, format)
     if args.only is not None:
         registry.get("patterns", args.only)
     plan = state_plan(args)
     if plan is None:
-        if args.after is not None:
-            raise Refused(f"--after {args.after}: no passes were given: add --passes or --config")
         state = State(capture(args.model, trust_remote_code=args.trust_remote_code))
     else:
         steps = range(len(plan.steps)) if args.after is None else steps_named(plan, args.after, "--after")
@@ -71,3 +72,21 @@ def run(args: argparse.Namespace) -> None:
         print(made, end="")
     if plan is not None:
         plan.require()
+
+
+def _check_asked(args: argparse.Namespace, format: str) -> None:
+    """Refuse what would be taken and not shown, before a model is read."""
+    if args.out is not None:
+        check_place("--out", args.out)
+    if args.passes is None and args.config is None:
+        for option, value in (("--after", args.after), ("--journal", args.journal)):
+            if value is not None:
+                raise Refused(f"{option} {value}: no passes were given: add --passes or --config")
+    if args.journal is not None and format not in ("text", "html"):
+        raise Refused(f"--journal {args.journal}: certificates are printed in text and html, not in {format}")
+    if args.only is not None and format == "model-explorer":
+        raise Refused(f"--only {args.only}: model-explorer takes whole graphs: take another --format")
+    if args.every_op and args.layer is None and format in ("svg", "png", "mermaid", "dot"):
+        raise Refused(
+            f"--every-op: a {format} of the whole model has no box per op: add --layer, or take html"
+        )

@@ -9,17 +9,21 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser(
-        "verify", help="check a checkpoint against what it says of itself, or against who shall load it"
+    what = "check a checkpoint against what it says of itself, or against who shall load it"
+    command = commands.add_parser("verify", help=what, description=what)
+    command.add_argument(
+        "out", metavar="DIR", help="what qc compile wrote; with --target any checkpoint directory"
     )
-    command.add_argument("out", metavar="DIR")
-    command.add_argument("--model", help="the checkpoint that it was made from: compare that one too")
+    command.add_argument(
+        "--model", metavar="MODEL", help="the checkpoint that it was made from: compare that one too"
+    )
     command.add_argument(
         "--target",
+        metavar="NAME",
         help="say whether this target loads DIR, refuses it or silently ruins it: vllm-ascend==0.18",
     )
     command.add_argument(
-        "--tp", type=int, help="with --target: tensor-parallel ranks of the server (default 1)"
+        "--tp", type=int, metavar="N", help="with --target: tensor-parallel ranks of the server (default 1)"
     )
     command.add_argument(
         "--trust-remote-code", action="store_true", help="with --target: run Python code of the checkpoint"

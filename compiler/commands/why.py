@@ -11,11 +11,14 @@ from ..errors import Refused
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    command = commands.add_parser("why", help="say why a pattern does not match somewhere")
-    command.add_argument("model", metavar="MODEL")
-    command.add_argument("pattern", metavar="PATTERN")
-    command.add_argument("--at", help="module below which to look, e.g. model.layers.3.mlp")
-    command.add_argument("--trust-remote-code", action="store_true")
+    what = "say where a pattern matches, and why it does not elsewhere"
+    command = commands.add_parser("why", help=what, description=what)
+    command.add_argument(
+        "model", metavar="MODEL", help="checkpoint directory or hub id; a config.json is enough"
+    )
+    command.add_argument("pattern", metavar="PATTERN", help="such as ov or norm_linear")
+    command.add_argument("--at", metavar="MODULE", help="module below which to look, e.g. model.layers.3.mlp")
+    command.add_argument("--trust-remote-code", action="store_true", help="run Python code of the checkpoint")
     command.set_defaults(run=run)
 
 

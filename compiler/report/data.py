@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from ..calibration import Calibration
+from ..calibration import Calibration, windows_of
 from ..certificate import LIMIT
 from ..cost import cost_of
 from ..cost import size as size_text
@@ -19,8 +20,8 @@ from .states import states_of
 
 
 def report_data(
-    plan: Plan, journal: Journal, manifest: Mapping[str, Any], calibration: Calibration | None = None,
-    run: Mapping[str, Any] | None = None,
+    plan: Plan, journal: Journal, manifest: Mapping[str, Any], command: str,
+    calibration: Calibration | None = None, run: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The data of a report page.
 
@@ -28,14 +29,15 @@ def report_data(
         plan: What was compiled.
         journal: What happened.
         manifest: Versions, and digests of inputs and of the outputs written so far.
+        command: What repeats the compile, see ``same_command``.
         calibration: What it was calibrated on, if it was.
         run: What varies between runs, as in ``run.json``; None leaves the section out.
     """
     entries = journal.entries
     return {
-        "title": _title(plan),
+        "title": plan.program.architecture,
         "summary": _summary(plan, journal),
-        "steps": [_step(step, entries) for step in plan.steps],
+        "steps": [_step(step, own) for step, own in zip(plan.steps, by_step(plan, entries), strict=True)],
         "limit": LIMIT,
         "twin": [entry["outcome"] for entry in entries if entry.get("part") == "twin"],
         **states_of(plan, entries),
@@ -45,14 +47,9 @@ def report_data(
         "losses": _losses(plan, entries),
         "certificates": _certificates(entries),
         "notes": _notes(plan, journal, calibration),
-        "provenance": _provenance(plan, manifest, calibration),
+        "provenance": _provenance(plan, manifest, command, calibration),
         "run": None if run is None else dict(run),
     }
-
-
-def _title(plan: Plan) -> str:
-    names = getattr(plan.program.config, "architectures", None) or [type(plan.program.root).__name__]
-    return str(names[0])
 
 
 def parameters(program: Program) -> int:
@@ -71,10 +68,7 @@ def _product(shape: Sequence[int]) -> int:
 def _summary(plan: Plan, journal: Journal) -> dict[str, Any]:
     cost = cost_of(plan, peak=False)
     noise = sorted(
-        (value, name)
-        for entry in journal.entries
-        for name, value in entry.get("sqnr_db", {}).items()
-        if isfinite(value)
+        value for entry in journal.entries for value in entry.get("sqnr_db", {}).values() if isfinite(value)
     )
     facts = {
         "blocks": str(len(plan.final.blocks)),
@@ -93,14 +87,13 @@ def _summary(plan: Plan, journal: Journal) -> dict[str, Any]:
         "bits": round(cost.bits_per_weight, 2),
         "disk": size_text(cost.disk_bytes),
         "device": size_text(cost.device_bytes),
-        "target": plan.target.name,
+        "target": plan.target.spelling,
         "verdict": list(plan.problems),
         "warnings": len(plan.target.notes(plan)),
         "tp": list(cost.tp_sizes),
         "proofs": journal.proofs,
         "worst": journal.worst,
-        "noise": [noise[0][0], noise[len(noise) // 2][0], noise[-1][0]] if noise else None,
-        "loudest": [[name, value] for value, name in noise[:5]],
+        "noise": [noise[0], noise[len(noise) // 2], noise[-1]] if noise else None,
     }
 
 
@@ -110,10 +103,28 @@ def _bits(scheme: str) -> int:
     return int(digits) if digits.isdecimal() else 16
 
 
-def _step(step: Step, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def by_step(plan: Plan, entries: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The entries of each step. A site that a pass rewrites twice has its entries in the order of the steps."""
+    rewriting: dict[tuple[str, str, str], list[int]] = {}
+    for step in plan.steps:
+        for rewrite in step.answer.rewrites:
+            rewriting.setdefault((rewrite.pass_name, rewrite.pattern, rewrite.where), []).append(step.index)
+    found: list[list[Mapping[str, Any]]] = [[] for _ in plan.steps]
+    met: Counter[tuple[str, ...]] = Counter()
+    for entry in entries:
+        if "pass" in entry:
+            site = (entry["pass"], entry["pattern"], entry["where"])
+            steps = rewriting.get(site, [])
+            if steps:
+                found[steps[min(met[entry["part"], *site], len(steps) - 1)]].append(entry)
+                met[entry["part"], *site] += 1
+    return found
+
+
+def _step(step: Step, own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A step with what the journal says of it."""
     rewrites = step.answer.rewrites
     found = counts(pattern.replace("_", "-") for rewrite in rewrites for pattern in sites(rewrite))
-    own = [entry for entry in entries if entry.get("pass") == step.what.name]
     proofs = [entry["certificate"] for entry in own if "certificate" in entry]
     formats = swapped(step)
     return {
@@ -168,7 +179,7 @@ def _certificates(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _notes(plan: Plan, journal: Journal, calibration: Calibration | None) -> list[list[str]]:
     """What a reader should know, each with its kind: ``warning`` or ``note``."""
-    told = [["warning", f"{plan.target.name}: {note}"] for note in plan.target.notes(plan)]
+    told = [["warning", f"{plan.target.spelling}: {note}"] for note in plan.target.notes(plan)]
     if idle := journal.idle_experts:
         told.append(
             ["warning", f"{len(idle)} experts saw no calibration token, {idle[0]} first: give more --samples, or"
@@ -184,24 +195,21 @@ def _notes(plan: Plan, journal: Journal, calibration: Calibration | None) -> lis
     return told
 
 
-def _provenance(plan: Plan, manifest: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
-    said = [f'--passes "{",".join(str(step.what) for step in plan.steps)}"', f"--target {plan.target.name}"]
-    said += [f"--scheme {plan.scheme.name}"] if plan.scheme.name != "strategies" else []
-    said += [f"--tp {plan.tp}"] if plan.tp != 1 else []
-    said += [f"--seed {plan.seed}"] if plan.seed else []
+def _provenance(
+    plan: Plan, manifest: Mapping[str, Any], command: str, calibration: Calibration | None
+) -> dict[str, Any]:
     run = plan.run
-    said += [f"--samples {run.samples} --length {run.length}"] if run is not None and calibration else []
     facts = {"seed": str(plan.seed), "tensor parallel": str(plan.tp)}
     if calibration is not None and run is not None:
         files = ", ".join(file.rpartition("/")[2] for file in calibration.files)
         facts |= {
-            "calibrated on": f"{len(calibration.tokens)} windows of {calibration.tokens.shape[1]} tokens",
+            "calibrated on": windows_of(*calibration.tokens.shape),
             "calibration text": files or "the text that ships with qc",
             "calibration ran in": str(run.compute).removeprefix("torch."),
             "calibration tokens": f"sha256 {calibration.digest}",
         }
     return {
-        "command": f"qc compile MODEL {' '.join(said)} --out OUT",
+        "command": command,
         "facts": facts,
         "versions": dict(manifest["versions"]),
         "remote_code": list(manifest["remote_code"]),

@@ -87,7 +87,7 @@ def _format(scheme: Any) -> str:
 
 
 def _bits(scheme: Any) -> int:
-    return scheme.weight.bits if scheme is not None and scheme.weight is not None else 16
+    return 16 if scheme is None else scheme.bits
 
 
 def _one(names: Iterable[str]) -> str | None:

@@ -105,7 +105,7 @@ function notesSection(data) {
 function provenanceSection(data) {
   const from = data.provenance;
   const facts = { ...from.facts, ...from.versions, ...(from.remote_code.length ? { "Python code that ran": from.remote_code.join(", ") } : {}) };
-  return section("provenance", "Provenance", "The same command on the same files writes the same bytes.",
+  return section("provenance", "Provenance", "This command on the same files computes the same weights.",
     h("pre", { class: "command", tabindex: 0 }, from.command), pairs(facts),
     h("h3", {}, "Read"), files("Files that were read", from.inputs),
     h("h3", {}, "Written"), files("Files that were written", from.outputs));
@@ -127,7 +127,10 @@ function files(caption, rows) {
 function timingsSection(data) {
   const run = data.run;
   if (!run) return null;
-  const seconds = (value) => (value >= 90 ? `${Math.floor(value / 60)} min ${Math.round(value % 60)} s` : `${digits(value)} s`);
+  const seconds = (value) => {
+    const whole = Math.round(value);
+    return whole >= 90 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${digits(value)} s`;
+  };
   const stages = Object.entries(run.stages), most = Math.max(...stages.map(([, spent]) => spent));
   return section("timings", "This run", "What differs from run to run. It is on the page because --timings was given.",
     pairs({ "in all": seconds(run.seconds), "peak memory": bytes(run.peak_memory_bytes), host: run.host, threads: run.threads, finished: run.finished }),

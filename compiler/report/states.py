@@ -20,7 +20,7 @@ from .kinds import kinds_of, runs_of
 
 MOST = 24
 """Kinds of parts that are drawn. A model with more of them has its rarest ones left out, and the page says so."""
-MORE_REWRITES = 40
+MOST_REWRITES = 40
 """Rewrites of a part that are listed; a layer of experts has hundreds."""
 
 
@@ -66,8 +66,8 @@ def title_of(parts: Sequence[Part]) -> str:
 def _lines(told: Told, run: Run) -> list[str]:
     """One line per rewrite of a run by a pass: where, its claim, what was proved, what it did."""
     lines = [*told.across(), *told.lines(run)]
-    rest = len(lines) - MORE_REWRITES
-    return lines if rest <= 0 else [*lines[:MORE_REWRITES], f"and {rest} more"]
+    rest = len(lines) - MOST_REWRITES
+    return lines if rest <= 0 else [*lines[:MOST_REWRITES], f"and {rest} more"]
 
 
 def _drawing(plan: Plan, program: Program, part: Part, at: int, matches: Sequence[Matched]) -> str:

@@ -118,7 +118,7 @@ class _Drawing:
             title=title,
             lines=lines,
             format=(str(scheme) if scheme is not None else row.note) if linear else "",
-            bits=(scheme.weight.bits if scheme is not None and scheme.quantized else 16) if linear else 0,
+            bits=(16 if scheme is None else scheme.bits) if linear else 0,
             edits=row.edits,
             rows=said,
         )

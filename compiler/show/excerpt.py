@@ -22,4 +22,4 @@ def excerpts(state: State, pattern: str, part: Part | None = None) -> str:
             out += ["", run.title] if out else [run.title]
             out.append(f"  {mark.caption}")
             out += [f"    {row}" for id in rows if id in lit for row in rows[id]]
-    return "\n".join([*out, ""]) if out else f"no match of {pattern}\n"
+    return "\n".join([*out, ""]) if out else f"no match of {pattern}: qc why MODEL {pattern} says why\n"

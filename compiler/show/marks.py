@@ -13,7 +13,7 @@ from .matched import Matched
 def marks(
     diagram: Diagram, place: Mapping[str, str], matches: Iterable[Matched], rewrites: Sequence[Rewrite]
 ) -> Diagram:
-    """The diagram with a mark for every match of which at least two boxes are drawn.
+    """The diagram with a mark for every match of which at least two boxes are drawn, or the one thing that it names.
 
     Args:
         diagram: Boxes and arrows.
@@ -24,7 +24,7 @@ def marks(
     found = []
     for match in matches:
         ids = tuple(dict.fromkeys(place[name] for name in match.names if name in place))
-        if len(ids) > 1:
+        if len(ids) > 1 or (ids and len(match.names) == 1):
             by = _passes(match, rewrites)
             caption = match.title + (f": {', '.join(by)}" if by else "")
             flow = {place[name] for name in match.flow if name in place}

@@ -29,7 +29,7 @@ def to_networkx(program: Program) -> networkx.DiGraph:
     import networkx
 
     sizes = Sizes(program)
-    graph = networkx.DiGraph(title=_title(program))
+    graph = networkx.DiGraph(title=program.title)
     told = {row.node: row for part in program.parts for row in rows(program, part, sizes)}
     names = {part.index: part.name for part in program.parts}
     for node in program.graph.nodes:
@@ -45,23 +45,27 @@ def to_networkx(program: Program) -> networkx.DiGraph:
             target=str(node.target) if node.op in ("call_module", "get_attr") else "",
             type=sizes.type(node.meta.get("val")),
             format=str(scheme) if scheme is not None and linear else "",
-            bits=(scheme.weight.bits if scheme is not None and scheme.quantized else 16) if linear else 0,
+            bits=(16 if scheme is None else scheme.bits) if linear else 0,
             edits="; ".join(node.meta.get("edits", ())),
             note=str(node.meta.get("note", "")),
             inserted=node.target in (*INSERTED, *STUBS),
         )
-        inputs = [source for source in node.all_input_nodes if not symbolic(source)]
-        for source in inputs:
-            places = ",".join(str(i) for i, other in enumerate(node.all_input_nodes) if other is source)
-            graph.add_edge(source.name, node.name, operands=places)
+        places: dict[fx.Node, list[str]] = {}
+        for place, source in enumerate(_inputs(node)):
+            places.setdefault(source, []).append(str(place))
+        for source, at in places.items():
+            if not symbolic(source):
+                graph.add_edge(source.name, node.name, operands=",".join(at))
     return graph
+
+
+def _inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments of a node, in order, one that is read twice (``x * x``) twice."""
+    found: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), found.append)
+    return found
 
 
 def _op(node: fx.Node) -> str:
     target: Any = node.target
     return str(getattr(target, "_opname", getattr(target, "__name__", target)))
-
-
-def _title(program: Program) -> str:
-    names = getattr(program.config, "architectures", None) or [type(program.root).__name__]
-    return f"{names[0]}, {len(program.blocks)} blocks"

@@ -42,14 +42,7 @@ def model_diagram(
         if not any(target == card_of[ends[1]] for _, target in arrows) and outside(program, run.first):
             first = outside(program, run.first)[0]
             arrows[card_of[first.meta["part"]], card_of[ends[1]]] = sizes.type(first.meta["val"])
-    return Diagram(
-        _title(program), tuple(cards), tuple(Arrow(*ends, type_) for ends, type_ in arrows.items())
-    )
-
-
-def _title(program: Program) -> str:
-    names = getattr(program.config, "architectures", None) or [type(program.root).__name__]
-    return f"{names[0]}, {len(program.blocks)} blocks"
+    return Diagram(program.title, tuple(cards), tuple(Arrow(*ends, type_) for ends, type_ in arrows.items()))
 
 
 def _card(program: Program, run: Run, matches: tuple[Matched, ...], rewrites: tuple[Rewrite, ...]) -> Box:
@@ -88,7 +81,7 @@ def _chips(program: Program, run: Run, prefix: str) -> Iterator[tuple[str, Chip]
             holder, _, title = name.rpartition(".")
             if leaf.kind == "linear":
                 scheme = node.meta.get("scheme")
-                bits = scheme.weight.bits if scheme is not None and scheme.quantized else 16
+                bits = 16 if scheme is None else scheme.bits
                 yield holder, Chip(title, "linear", str(scheme or node.meta.get("note", "")), bits)
             else:
                 yield holder, Chip(title, leaf.kind, "", 0)
