@@ -85,14 +85,31 @@ def test_embeddings_need_an_entry_in_0_18_alone(out: Path) -> None:
 
 
 def test_cache_offsets_are_taken_off_by_0_18_alone(out: Path) -> None:
-    key = "model.layers.0.self_attn.k_proj.kv_cache"
+    key, other = (f"model.layers.0.self_attn.{one}_proj.kv_cache" for one in "kv")
     change(
         out,
-        {f"{key}_scale": torch.ones(64), f"{key}_offset": torch.ones(64)},
+        {f"{key}_scale": torch.ones(64), f"{other}_scale": torch.ones(64), f"{key}_offset": torch.ones(64)},
         {f"{key}_scale": "C8", f"{key}_offset": "C8", "kv_cache_type": "C8"},
     )
     words = {version: verdict(out, f"vllm-ascend=={version}").word for version in ("0.18", "0.23", "main")}
     assert words == {"0.18": "loads", "0.23": "ruins", "main": "ruins"}
+
+
+def test_a_cache_needs_the_scales_of_keys_and_of_values(out: Path) -> None:
+    key = "model.layers.0.self_attn.k_proj.kv_cache_scale"
+    change(out, {key: torch.ones(64)}, {key: "C8", "kv_cache_type": "C8"})
+    found = verdict(out, "vllm-ascend")
+    assert [(f.outcome, f.rule, f.tensor) for f in found.findings if f.outcome != "warns"] == [
+        ("refuses", "A11", key.replace("k_proj", "v_proj"))
+    ]
+
+
+@pytest.mark.parametrize("leaf", ["weight", "weight_scale", "weight_offset"])
+@pytest.mark.parametrize("change_of", [lambda t: t[:0], lambda t: t.reshape(-1)[0]])
+def test_a_tensor_without_numbers_or_axes_is_told_by_its_shape(leaf: str, change_of: Any, out: Path) -> None:
+    name = f"model.layers.0.mlp.down_proj.{leaf}"
+    change(out, {name: change_of(read(out)[0][name]).contiguous()}, {})
+    assert ("refuses", "A5") in rules(verdict(out, "vllm-ascend"))
 
 
 def test_w4a8_linears_are_per_group_until_0_23_and_gone_since(out: Path) -> None:
