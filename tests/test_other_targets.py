@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,58 @@ def test_what_transformers_would_make_up_is_told(home: Home, tmp_path: Path) -> 
     found = verdict(out, "compressed-tensors")
     assert found.word == "ruins"
     assert [(one.rule, one.tensor) for one in found.findings] == [("C3", name)]
+
+
+def test_what_transformers_does_with_files_is_told(home: Home, tmp_path: Path) -> None:
+    """Files that it does not look for, integers under a float name, scales and shapes that cannot be."""
+    pytest.importorskip("compressed_tensors")
+    made = compiled(
+        home, tmp_path / "made", "linear_quant", scheme="w8a8-static", target="compressed-tensors"
+    ).path
+
+    def told(
+        change: Callable[[dict[str, Tensor]], object], made: Path = made, stem: str = "model"
+    ) -> list[Any]:
+        out = Path(shutil.copytree(made, tmp_path / "changed"))
+        (file,) = out.glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        for old in (file, *out.glob("*.index.json")):
+            old.unlink()
+        save_file(tensors, out / f"{stem}.safetensors")
+        if stem == "model":
+            save_file({"model.norm.weight": torch.zeros(1)}, out / "unread.safetensors")
+        found = verdict(out, "compressed-tensors")
+        shutil.rmtree(out)
+        return [(one.outcome, one.rule, one.tensor) for one in found.findings if one.outcome != "warns"]
+
+    norm, up = "model.norm.weight", "model.layers.0.mlp.up_proj"
+    assert told(lambda t: None) == []
+    assert told(lambda t: None, stem="quant_model_weights") == [
+        ("refuses", "C1", "quant_model_weights.safetensors")
+    ]
+    assert told(lambda t: t.update({norm: (9 * t[norm]).to(torch.int8)})) == [("ruins", "C4", norm)]
+    assert told(lambda t: t.update({f"{up}.weight_scale": 0 * t[f"{up}.weight_scale"]})) == [
+        ("ruins", "C6", f"{up}.weight_scale")
+    ]
+    assert told(lambda t: t.pop(f"{up}.input_zero_point")) == [("ruins", "C3", f"{up}.input_zero_point")]
+    packed = compiled(
+        home, tmp_path / "packed", "linear_quant", scheme="w4a16", target="compressed-tensors"
+    ).path
+    shape = f"{up}.weight_shape"
+    assert told(lambda t: t.update({shape: torch.tensor([128, 7])}), packed) == [("refuses", "C4", shape)]
+
+
+def test_a_packed_weight_that_says_another_width_is_refused(home: Home, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    out = compiled(
+        home, tmp_path / "out", "linear_quant", scheme="w4a16-g64", target="compressed-tensors"
+    ).path
+    (file,) = out.glob("*.safetensors")
+    shape = "model.layers.0.mlp.up_proj.weight_shape"
+    save_file(load_file(file) | {shape: torch.tensor([128, 7])}, file)
+    with pytest.raises(Refused, match="transformers does not load it"):
+        load(out)
 
 
 def test_without_the_library_the_plan_says_what_to_install(
