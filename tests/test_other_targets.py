@@ -24,6 +24,7 @@ from qc.compiler.recipe_yaml import recipe_yaml
 from qc.compiler.targets.verdict import verdict
 from qc.compiler.verify import verify
 from tests.homes import Home, compiled, homes, logits, tensors_of
+from tests.programs import captured
 
 PASSES = "iter_smooth{enable_subgraph_type=ov+up-down},linear_quant"
 
@@ -258,6 +259,25 @@ def test_the_card_says_how_to_read_it(target: str, words: str, home: Home, tmp_p
 def test_numpy_refuses_rewritten_floats(home: Home) -> None:
     found = plan(home.program, "quarot,linear_quant", Options(scheme="w8a8", target="numpy"))
     assert any("embed_tokens" in p and "have no place" in p for p in found.problems), found.problems
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "scheme", "words"),
+    [
+        ("llama-128", "quarot_online,linear_quant", "w4a4", "an online rotation"),
+        ("llama-128", "svd_res,linear_quant", "w8a8", "leave svd_res out"),
+        ("gpt2", "iter_smooth{enable_subgraph_type=non-fusion},linear_quant", "w8a8", "a division"),
+        ("llama-128", "iter_smooth{symmetric=false},linear_quant", "w8a8", "changes its bias"),
+        ("llama-128", "iter_smooth{symmetric=false},linear_quant", "w8a8-static", ""),
+        ("qwen2", "iter_smooth{enable_subgraph_type=ov},linear_quant", "w8a8", "changes its bias"),
+        ("qwen2", "iter_smooth{enable_subgraph_type=ov},linear_quant", "w8a8-static", ""),
+        ("qwen2", "iter_smooth{enable_subgraph_type=norm-linear},linear_quant", "w8a8", ""),
+    ],
+)
+def test_numpy_refuses_what_stands_beside_integers(family: str, passes: str, scheme: str, words: str) -> None:
+    """None of it is in a dictionary: whoever reads them would compute with the float model's, or with nothing."""
+    found = plan(captured(family), passes, Options(scheme=scheme, target="numpy")).problems
+    assert any(words in problem for problem in found) if words else not found, found
 
 
 RECIPE = """apiversion: modelslim_v1
