@@ -49,6 +49,19 @@ def test_a_tensor_in_two_files_is_ruined(out: Path) -> None:
     assert rules(verdict(out, "vllm-ascend")) == {("ruins", "A2")}
 
 
+@pytest.mark.parametrize(
+    ("tp", "where"),
+    [(1, set()), (2, set()), (4, set()), (3, {"config.json", "down_proj"}), (8, {"config.json"})],
+)
+def test_ranks_over_which_nothing_can_be_dealt_out_are_refused(tp: int, where: set[str], out: Path) -> None:
+    """Four heads, 128 channels of the MLP: three ranks divide neither."""
+    found = verdict(out, "vllm-ascend", tp)
+    told = {f.tensor.rpartition(".layers.0.mlp.")[2] for f in found.findings if "layers.1" not in f.tensor}
+    assert where <= told
+    assert found.word == ("refuses" if where else "loads")
+    assert {f.rule for f in found.findings} <= {"A10"}
+
+
 def test_a_stale_index_is_refused(out: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
