@@ -9,6 +9,7 @@ from typing import Any
 
 from .calibration import Calibration
 from .certificate import LIMIT
+from .command_text import command_text
 from .cost import cost_of
 from .errors import Refused
 from .export import CARD
@@ -67,7 +68,7 @@ def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
         ("base model", _base(plan) or title(plan)),
         *cost.rows()[:3],
         ("scheme", plan.scheme.name),
-        ("target", getattr(plan.target, "spelling", plan.target.name)),
+        ("target", plan.target.spelling),
         ("dtype of floats", str(plan.dtype).removeprefix("torch.")),
     ]
     return "\n".join([
@@ -88,9 +89,7 @@ def model_card(plan: Plan, journal: Journal, data: Calibration | None) -> str:
         "",
         *(f"{step.index + 1}. `{step.what}`" for step in plan.steps),
         "",
-        f"`qc compile MODEL --passes \"{','.join(str(step.what) for step in plan.steps)}\""
-        f" --scheme {plan.scheme.name} --target {getattr(plan.target, 'spelling', plan.target.name)}"
-        f"{f' --tp {plan.tp}' if plan.tp > 1 else ''} --seed {plan.seed} --out OUT`",
+        f"`{command_text(plan)}`",
         "",
         _calibration(data),
         *("" for _ in plan.notes[:1]),

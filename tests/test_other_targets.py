@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qc.hf
+from qc.compiler.cli import main
 from qc.compiler.compile import Options, plan
 from qc.compiler.errors import Refused
+from qc.compiler.export import MANIFEST
 from qc.compiler.load import load
 from qc.compiler.recipe import read_recipe
 from qc.compiler.recipe_yaml import recipe_yaml
@@ -254,6 +257,24 @@ def test_numpy_holds_the_same_numbers_as_the_safetensors(home: Home, tmp_path: P
 def test_the_card_says_how_to_read_it(target: str, words: str, home: Home, tmp_path: Path) -> None:
     out = compiled(home, tmp_path / "out", "linear_quant", scheme="w8a8", target=target).path
     assert words in (out / "README.md").read_text()
+
+
+def test_the_command_on_the_card_makes_the_same_output(home: Home, tmp_path: Path) -> None:
+    out = compiled(
+        home,
+        tmp_path / "out",
+        "iter_smooth,linear_quant",
+        scheme="w8a8",
+        target="vllm-ascend[A3]==0.18",
+        samples=3,
+    ).path
+    card = (out / "README.md").read_text()
+    command = next(line.strip("`") for line in card.splitlines() if line.startswith("`qc compile"))
+    places = {"MODEL": str(home.path), "OUT": str(tmp_path / "again"), home.text.name: str(home.text)}
+    assert main([places.get(word, word) for word in shlex.split(command)[1:]]) == 0
+    first, second = (json.loads((path / MANIFEST).read_text()) for path in (out, tmp_path / "again"))
+    assert first["outputs"] == second["outputs"]
+    assert json.dumps(command)[1:-1] in (out / "report.html").read_text()
 
 
 def test_numpy_refuses_rewritten_floats(home: Home) -> None:

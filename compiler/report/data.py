@@ -8,6 +8,7 @@ from typing import Any
 
 from ..calibration import Calibration
 from ..certificate import LIMIT
+from ..command_text import command_text
 from ..cost import cost_of
 from ..cost import size as size_text
 from ..journal import Journal, quantized
@@ -185,12 +186,7 @@ def _notes(plan: Plan, journal: Journal, calibration: Calibration | None) -> lis
 
 
 def _provenance(plan: Plan, manifest: Mapping[str, Any], calibration: Calibration | None) -> dict[str, Any]:
-    said = [f'--passes "{",".join(str(step.what) for step in plan.steps)}"', f"--target {plan.target.name}"]
-    said += [f"--scheme {plan.scheme.name}"] if plan.scheme.name != "strategies" else []
-    said += [f"--tp {plan.tp}"] if plan.tp != 1 else []
-    said += [f"--seed {plan.seed}"] if plan.seed else []
     run = plan.run
-    said += [f"--samples {run.samples} --length {run.length}"] if run is not None and calibration else []
     facts = {"seed": str(plan.seed), "tensor parallel": str(plan.tp)}
     if calibration is not None and run is not None:
         files = ", ".join(file.rpartition("/")[2] for file in calibration.files)
@@ -201,7 +197,7 @@ def _provenance(plan: Plan, manifest: Mapping[str, Any], calibration: Calibratio
             "calibration tokens": f"sha256 {calibration.digest}",
         }
     return {
-        "command": f"qc compile MODEL {' '.join(said)} --out OUT",
+        "command": command_text(plan),
         "facts": facts,
         "versions": dict(manifest["versions"]),
         "remote_code": list(manifest["remote_code"]),
