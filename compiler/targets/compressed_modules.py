@@ -61,8 +61,8 @@ def modules_of_block(
 
 def _groups(block: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = block.get("config_groups")
+    found: list[Mapping[str, Any]] = list(groups.values()) if isinstance(groups, Mapping) else [{}]
     try:
-        found = list(groups.values()) if isinstance(groups, Mapping) else [None]
         for target in (target for group in found for target in group["targets"]):
             re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
     except (TypeError, KeyError, AttributeError, re.error) as error:
