@@ -88,7 +88,7 @@ class AutoRound(Pass):
         step 32 (the graph that fakes the weight, gradients, a new state): of one linear at a time where weights are
         made again, and of the others the gradient and what is multiplied. Per token a backward pass reads inputs and
         outputs of all linears from the first learned one on. Per entry of a Hessian GPTQ takes 24 bytes (itself, in its
-        order, and twice in float64); half a byte of the preconditioner is kept for training.
+        order, and twice in float64).
         """
         mine = [one for one in block.linears if one.scheme is not None and one.scheme.weight is not None]
         dense = 5 * sum(one.out * one.width for one in mine)
@@ -104,7 +104,7 @@ class AutoRound(Pass):
         trained = self.training.moves
         made = (4 + block.itemsize) * sum(sizes) + 32 * max(sizes) if block.recompute else 32 * sum(sizes)
         step = made + backward if trained else 0
-        held = (16 if trained else 12) * sum(sizes) + sum(hessians) // 2
+        held = (16 if trained else 12) * sum(sizes)
         return dense + max(backward, held + max(start + block.walked, step))
 
     def named(self, program: Program, setting: Setting) -> Iterable[str]:

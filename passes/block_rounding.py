@@ -25,7 +25,6 @@ from .gram import Gram
 from .importance import relative_error, token_importance
 from .minmax import rounded_weight, scale_dtype
 from .outlier_search import outlier_mask
-from .preconditioner import Preconditioner
 from .sign_sgd import Rounding, train
 from .weight_scale import weight_grid
 
@@ -128,9 +127,8 @@ class BlockRounding:
         rows = [torch.stack([weights[name] for name in group]).mean(0) for weights in importance]
         self.clip(group, rows)
         hessian = self.hessian(group[0], rows)
-        steps = Preconditioner(hessian) if self.trains else None
         for alike in self.alike(group):
-            self.search(alike, hessian, steps)
+            self.search(alike, hessian)
         for name in group:
             self.weights[name] = self.done[name].dense
 
@@ -189,7 +187,7 @@ class BlockRounding:
             found.setdefault(kind, []).append(name)
         return list(found.values())
 
-    def search(self, names: list[str], hessian: Tensor, steps: Preconditioner | None) -> None:
+    def search(self, names: list[str], hessian: Tensor) -> None:
         """Scales by search, integers by GPTQ, for linears that read one value."""
         bits, held = self.scheme(names[0]).weight, scale_dtype(self.view, names[0], self.scheme(names[0]))
         assert bits is not None
@@ -221,10 +219,8 @@ class BlockRounding:
                 mask, outliers = outliers[: len(integer)], outliers[len(integer) :]
                 single = to_csr(mask, target.to(self.view.export_dtype))
                 self.done[name] = replace(self.done[name], beside={**self.done[name].beside, **single})
-            if steps is not None:
-                self.roundings[name] = Rounding(
-                    target, step, bits.bits, held, steps, bits.per == "tensor", zero
-                )
+            if self.trains:
+                self.roundings[name] = Rounding(target, step, bits.bits, held, bits.per == "tensor", zero)
 
     def outliers(self, name: str, hessian: Tensor, held: torch.dtype) -> Tensor:
         """Mask [out, in] of the single weights of a linear that its scheme keeps in float."""

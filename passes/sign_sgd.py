@@ -1,4 +1,4 @@
-"""Learned rounding: preconditioned, row-normalised SignSGD on rounding offsets and scales of a whole block."""
+"""Learned rounding: row-normalised steps on rounding offsets and scales of a whole block."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..runtime.quantize import qmax, round_scale
 from .losses import Losses
-from .preconditioner import Preconditioner
 
 TINY = torch.finfo(torch.float32).tiny
 MOMENTUM = 0.8
-TRAVEL = 0.05
+TRAVEL = 0.1
 """How far, in integers, an offset can move over `ITERS` steps."""
-SCALE_TRAVEL = 0.0035
+SCALE_TRAVEL = 0.007
 """How far a scale can move over as many steps, as a share of itself."""
 ITERS = 50
 """Steps for which these were measured."""
@@ -29,15 +28,14 @@ JUDGED = 5
 class Rounding:
     """One linear in training: ``q = clamp(round(w / s + v))`` with ``s = s0 · m``.
 
-    ``weight`` [out, in] is what the start rounded (compensated by GPTQ), ``scale`` [out, groups] the start's,
-    ``steps`` the preconditioner of its gradients. The start itself is v = 0, m = 1.
+    ``weight`` [out, in] is what the start rounded (compensated by GPTQ), ``scale`` [out, groups] the start's.
+    The start itself is v = 0, m = 1.
     """
 
     weight: Tensor
     scale: Tensor
     bits: int
     scale_dtype: torch.dtype
-    steps: Preconditioner
     per_tensor: bool = False
     """Whether all rows have one scale, and keep it."""
     zero: Tensor | None = None
@@ -135,9 +133,8 @@ class _Mover:
 
 def _movers(rounding: Rounding, *, round_tuning: bool, scale_tuning: bool) -> list[_Mover]:
     def rows(momentum: Tensor) -> Tensor:
-        moved = rounding.steps(momentum)
-        length = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
-        return moved.div_(length.div_(moved.shape[1] ** 0.5).clamp_(min=TINY)).clamp_(-1, 1)
+        length = torch.linalg.vector_norm(momentum, dim=1, keepdim=True)
+        return momentum.div(length.div_(momentum.shape[1] ** 0.5).clamp_(min=TINY)).clamp_(-1, 1)
 
     found = []
     if round_tuning:
@@ -167,12 +164,11 @@ def train(
 ) -> Losses:  # fmt: skip
     """Train in place and keep the state with the least loss on the held-out microbatches, the start included.
 
-    A step is the gradient's momentum times ``(H + λ I)⁻¹``, divided by the root mean square of its row and cut
-    to [-1, 1]; its rate falls linearly to zero, and is such that an offset moves by `travel` of ``iters`` times
-    ``TRAVEL`` integers at most.
+    A step is the gradient's momentum, divided by the root mean square of its row and cut to [-1, 1]; its rate falls
+    linearly to zero, and is such that an offset moves by `travel` of ``iters`` times ``TRAVEL`` integers at most.
 
-    Source: SignRound / AutoRound (arXiv 2309.05516), section 3, for the objective; the sign is softened and
-    preconditioned, and goes a tenth as far, because the start is the answer of GPTQ and most of a gradient is noise.
+    Source: SignRound / AutoRound (arXiv 2309.05516), section 3, for the objective; the sign is softened and goes a
+    fifth as far, because the start is the answer of GPTQ and most of a gradient is noise.
     """
     movers = [
         mover for rounding in roundings.values()

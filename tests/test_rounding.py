@@ -15,7 +15,6 @@ from qc.passes.act_clip import RATIOS, ClipSearch
 from qc.passes.column_rounding import gptq
 from qc.passes.gram import Gram
 from qc.passes.importance import relative_error, token_importance
-from qc.passes.preconditioner import DAMPING, Preconditioner
 from qc.passes.scale_search import search_scale
 from qc.passes.sign_sgd import TRAVEL, Rounding, train, travel
 from qc.runtime.quantize import dequantize, fake_quant_per_token, quantize, round_scale, scale_for
@@ -165,21 +164,6 @@ def test_the_relative_error_counts_every_token_alike() -> None:
     assert float(relative_error(torch.zeros(1, 2, 8), torch.zeros(1, 2, 8))) == 0
 
 
-def test_the_preconditioner_is_the_damped_inverse() -> None:
-    x = correlated(24)
-    hessian = x.T @ x / len(x)
-    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(24)
-    assert torch.allclose(Preconditioner(hessian)(damped), DAMPING * torch.eye(24), atol=1e-4)
-
-
-def test_the_preconditioner_takes_weak_directions_as_their_mean() -> None:
-    strong, _ = torch.linalg.qr(random(320, 12))
-    hessian = strong * torch.linspace(40, 400, 12) @ strong.T + 0.7 * torch.eye(320)
-    damped = hessian / hessian.diagonal().mean() + DAMPING * torch.eye(320)
-    found = Preconditioner(hessian)(damped)
-    assert torch.allclose(found / found.diagonal().mean(), torch.eye(320), atol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("groups", "per_tensor", "zeros"), [(1, True, False), (1, False, True), (4, False, False)]
 )
@@ -188,7 +172,7 @@ def test_gradients_of_a_quantized_weight_are_those_of_its_definition(
 ) -> None:
     weight, start = random(6, 16), 0.3 * torch.ones(6, groups)  # many weights are cut off
     zero = random(6, groups, seed=1).round() if zeros else None
-    rounding = Rounding(weight, start, 4, torch.bfloat16, Preconditioner(torch.eye(16)), per_tensor, zero)
+    rounding = Rounding(weight, start, 4, torch.bfloat16, per_tensor, zero)
     with torch.no_grad():
         rounding.offset.copy_(random(6, 16, seed=2).clamp(-0.5, 0.5))
         rounding.stretch.add_(0.1 * random(*rounding.stretch.shape, seed=3))
@@ -221,7 +205,7 @@ def problem() -> tuple[Rounding, Callable[[int], Tensor], Tensor]:
     """One linear on correlated inputs, started from rounding to nearest; the loss on one of four microbatches."""
     weight, x = random(24, 64), random(2048, 64) @ (torch.eye(64) + random(64, 64, seed=5) / 4)
     scale = scale_for(0.8 * weight.abs().amax(1, keepdim=True), 4)
-    rounding = Rounding(weight, scale, 4, torch.float32, Preconditioner(x.T @ x / len(x)))
+    rounding = Rounding(weight, scale, 4, torch.float32)
     batches = x.split(len(x) // 4)
 
     def loss(index: int) -> Tensor:
