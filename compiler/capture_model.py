@@ -49,13 +49,26 @@ class Subject:
                 if model.config._attn_implementation != attention:
                     raise ValueError(f"the model keeps its own attention instead of {attention}")
         else:
-            with torch.device("meta"):
-                model = build(
-                    self.config, self.dtype, attention=attention, trust_remote_code=self.trust_remote_code
-                )
+            model = self._built_on_meta(attention)
         if experts is not None:
             use_experts(model, experts)
         return model.eval()
+
+    def _built_on_meta(self, attention: str | None) -> Any:
+        """A new model. Refused where transformers makes none of config.json, and no ``attention`` can be why."""
+        try:
+            with torch.device("meta"):
+                return build(
+                    self.config, self.dtype, attention=attention, trust_remote_code=self.trust_remote_code
+                )
+        except Exception as error:  # the model's own code raises what it likes
+            if self.path is None or attention is not None:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise Refused(
+                f"{self.path / 'config.json'} describes a model that transformers cannot make ({reason}); copy that of"
+                " the float model there"
+            ) from error
 
 
 def _copy_on_meta(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -176,7 +189,8 @@ def _read_config(path: Path, trust_remote_code: bool, ours: bool = False) -> Any
         raise Refused(f"{file} has no model_type, so transformers cannot tell what model it is.")
     own = ours and any(block_by(method, path) for method in LOADED)
     if raw.get("quantization_config") and not own:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        block = raw["quantization_config"]
+        method = block.get("quant_method", "unknown") if isinstance(block, dict) else block
         raise Refused(
             f"{path} is quantized already (quant_method {method}"
             + (f"; qc loads {' and '.join(LOADED)}).\n" if ours else ").\n")

@@ -38,20 +38,27 @@ def load_compressed(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
                 path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # transformers, pydantic and the library raise what they like
-        reason = " ".join(str(error).split())[:300]
-        raise Refused(
-            f"{path}: transformers does not load it ({type(error).__name__}: {reason}); qc verify {path} --target"
-            f" {NAME} says what is wrong"
-        ) from error
+        raise _refused(path, error) from error
     _check_complete(path, told)
-    with _quiet():
-        model.hf_quantizer.compressor.decompress_model(model)  # else the first call does
+    try:
+        with _quiet():
+            model.hf_quantizer.compressor.decompress_model(model)  # else the first call does
+    except Exception as error:
+        raise _refused(path, error) from error
     for module in model.modules():
         for stack in stacks_of(module):  # experts come in the dtype of their scales, whatever was asked for
             weights = module.get_parameter(stack.name)
             weights.data = weights.data.to(model.dtype)
     model.requires_grad_(False).eval()
     return model
+
+
+def _refused(path: Path, error: Exception) -> Refused:
+    reason = " ".join(str(error).split())[:300]
+    return Refused(
+        f"{path}: transformers does not load it ({type(error).__name__}: {reason}); qc verify {path} --target"
+        f" {NAME} says what is wrong"
+    )
 
 
 def _check_complete(path: Path, told: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
@@ -194,7 +194,7 @@ def format_on_meta(
     Raises:
         Refused: There is no such type, or the shapes are not those of one.
     """
-    format, beside = type_of(kind)
+    format, beside = type_of(kind) if isinstance(kind, str) else (None, None)  # a file can say anything
     if format is None or (beside and (format.packed or format.rotated)):
         raise Refused(
             f"{where} has the type {kind!r}; this runs {', '.join(FORMATS)} and {FLOAT}, some with"
@@ -212,14 +212,12 @@ def format_on_meta(
             shares is not None and shares.shape[1:] == (SHARES,),
         )
     if format.rotated:
-        factors = [entries.get(f"{prefix}.{leaf}") for leaf in ("left_trans", "right_trans")]
-        sizes = [factor.shape[0] for factor in factors if factor is not None]
+        sizes = _sides(prefix, ("left_trans", "right_trans"), entries, where)
         if len(sizes) == 2 and in_features % (sizes[0] * sizes[1]) == 0:
             options["blocks"] = in_features // (sizes[0] * sizes[1])
     for turn, names in ROTATIONS.items():
-        factors = [entries.get(f"{prefix}.{name}") for name in names]
-        if all(factor is not None for factor in factors):
-            sizes = [factor.shape[0] for factor in factors if factor is not None]
+        sizes = _sides(prefix, names, entries, where)
+        if len(sizes) == len(names):
             options["rotation"] = (turn, sizes[0], sizes[1] if len(sizes) > 1 else in_features // sizes[0])
     if beside is not None:
         there = {leaf: entries.get(f"{prefix}.{leaf}") for leaf in beside.leaves}
@@ -241,6 +239,15 @@ def format_on_meta(
         )
     except ValueError as error:
         raise Refused(f"{where}: {error}") from error
+
+
+def _sides(prefix: str, leaves: Sequence[str], entries: Mapping[str, Entry], where: str) -> list[int]:
+    """Sizes of the factors of a rotation that are in the files; Refused where one is no matrix."""
+    found = {leaf: entries[f"{prefix}.{leaf}"].shape for leaf in leaves if f"{prefix}.{leaf}" in entries}
+    for leaf, shape in found.items():
+        if len(shape) != 2 or not shape[0]:
+            raise Refused(f"{where} has a {leaf} {list(shape)}, and a rotation is a square matrix")
+    return [shape[0] for shape in found.values()]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

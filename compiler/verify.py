@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..runtime.linear import IntegerLinear
-from ..runtime.w4a8 import W4A8Dynamic, sums, unpack_pairs
 from .certificate import LIMIT
 from .compressed_library import NAME as COMPRESSED_TENSORS
 from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, block_by, description_of
@@ -24,15 +22,11 @@ from .export import MANIFEST
 from .journal import FILE as JOURNAL
 from .journal import quantized
 from .load_modules import format_on_meta
-from .safetensors_io import Entry, TensorSpec, read_header, read_tensors
+from .safetensors_io import Entry, TensorSpec
 from .shards import NUMPY, Shards, find_shards, read_json
 from .targets.compressed_modules import modules_of_block
 from .verify_files import Check, files_as_written, inputs_as_read
-
-ORTHOGONAL = 0.05
-"""How far the product of a rotation factor and its transpose may be from one; bfloat16 rounds to 0.004."""
-CONDITION = 1e4
-"""Largest condition number of a factor that a weight can have been folded by."""
+from .verify_values import values_of
 
 
 def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ...]:
@@ -73,7 +67,7 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
             tuple(wrong),
         )
     )
-    count, wrong = _values(path, modules, description, _learned(path))
+    count, wrong = values_of(path, modules, description, _learned(path))
     checks.append(Check("values", f"{count} numbers are finite and in range", tuple(wrong)))
     return (*checks, _certificates(path, manifest, modules))
 
@@ -167,119 +161,14 @@ def misfits(modules: Mapping[str, IntegerLinear], shards: Headers, *, exact: boo
     return wrong
 
 
-def _values(
-    path: Path, modules: Mapping[str, IntegerLinear], description: Mapping[str, Any], learned: bool
-) -> tuple[int, list[str]]:
-    """Read every tensor once, and look whether its numbers can be what they stand for.
-
-    Online transforms are orthogonal, unless some of them are ``learned``: then they can be inverted.
-    """
-    count, wrong = 0, list[str]()
-    halves: dict[str, dict[str, Tensor]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        for name, tensor in _each(file):
-            prefix, _, leaf = name.rpartition(".")
-            count += tensor.numel()
-            if description.get(name) in GRIDS:
-                reason = _positive(tensor) if leaf.endswith("scale") else _finite(tensor)
-            else:
-                module = modules.get(prefix)
-                ask = VALUES.get(leaf) if module is not None else None
-                ask = _invertible if ask is _rotation and learned else ask
-                reason = ask(tensor, module) if ask and module is not None else _finite(tensor)
-                if module is not None and module.beside is not None:
-                    reason = reason or module.beside.wrong(leaf, tensor, module.in_features)
-            if reason:
-                wrong.append(f"{name}: {reason}")
-            if isinstance(modules.get(prefix), W4A8Dynamic):
-                held = halves.setdefault(prefix, {})
-                held[leaf] = tensor
-                if {"weight", "weight_scale", "scale_bias"} <= held.keys():
-                    wrong += _sums(prefix, **halves.pop(prefix))
-    return count, wrong
-
-
 def _learned(path: Path) -> bool:
     """Whether the journal tells of learned transforms (in names of the model, which differ from those on disk)."""
     try:
         lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
         edits = [edit.split() for line in lines for edit in json.loads(line).get("edits", ())]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False  # told of by the check of the certificates
     return any(words[:1] == ["wrap"] and "learned" in words for words in edits)
-
-
-def _sums(prefix: str, weight: Tensor, weight_scale: Tensor, scale_bias: Tensor, **rest: Tensor) -> list[str]:
-    """Whether what the server takes off again, for nibbles without a sign, is what its weight makes of them."""
-    wanted = sums(unpack_pairs(weight), weight_scale, scale_bias.shape[1])
-    if torch.allclose(scale_bias, wanted, rtol=1e-5, atol=1e-6 * float(wanted.abs().max())):
-        return []
-    return [f"{prefix}.scale_bias: it is not eight times the sums of the weight"]
-
-
-def _each(file: Path) -> Iterator[tuple[str, Tensor]]:
-    entries: dict[str, Entry] = read_header(file)
-    for name, entry in entries.items():
-        yield name, read_tensors(file, {name: entry})[name]
-
-
-def _finite(tensor: Tensor, module: IntegerLinear | None = None) -> str:
-    if not tensor.is_floating_point():
-        return ""
-    bad = int((~torch.isfinite(tensor)).sum())
-    return f"{bad} of {tensor.numel()} numbers are not finite" if bad else ""
-
-
-def _integers(tensor: Tensor, module: IntegerLinear) -> str:
-    if module.packed:
-        return ""  # two integers in a byte: every byte is two of them
-    low, high = -(2 ** (module.weight_bits - 1)), 2 ** (module.weight_bits - 1) - 1
-    least, most = int(tensor.min()), int(tensor.max())
-    if low <= least and most <= high:
-        return ""
-    return f"integers from {least} to {most}, {module.type} holds {low} to {high}"
-
-
-def _positive(tensor: Tensor, module: IntegerLinear | None = None) -> str:
-    if tensor.dtype == torch.int64:  # the bits of float32 numbers, for float16 models
-        tensor = tensor.to(torch.int32).view(torch.float32)
-    bad = int((~(tensor > 0) | ~torch.isfinite(tensor)).sum())
-    return f"{bad} of {tensor.numel()} scales are not positive numbers" if bad else ""
-
-
-def _offset(tensor: Tensor, module: IntegerLinear) -> str:
-    if module.offsets:  # what is stored is added
-        return "" if torch.equal(tensor, tensor.round()) else "offsets of weights are whole numbers"
-    return "" if not tensor.any() else "weights are symmetric, their offsets are zero"
-
-
-def _rotation(tensor: Tensor, module: IntegerLinear) -> str:
-    if reason := _finite(tensor):
-        return reason
-    wide = tensor.double()
-    error = float((wide @ wide.T - torch.eye(len(wide), dtype=torch.float64)).abs().max())
-    return "" if error <= ORTHOGONAL else f"not orthogonal: off by {error:.2g}, more than rounding does"
-
-
-def _invertible(tensor: Tensor, module: IntegerLinear) -> str:
-    if reason := _finite(tensor):
-        return reason
-    condition = float(torch.linalg.cond(tensor.double()))
-    return (
-        "" if condition <= CONDITION else f"can hardly be inverted: its condition number is {condition:.2g}"
-    )
-
-
-def _ratio(tensor: Tensor, module: IntegerLinear) -> str:
-    return "" if bool(((tensor > 0) & (tensor <= 1)).all()) else "a clip ratio is above 0 and at most 1"
-
-
-VALUES: Mapping[str, Callable[[Tensor, IntegerLinear], str]] = {
-    "weight": _integers, "weight_scale": _positive, "weight_offset": _offset, "input_scale": _positive,
-    "deq_scale": _positive, "heads_rotation": _rotation, "kronecker_rotation_m": _rotation,
-    "kronecker_rotation_n": _rotation, "left_trans": _rotation, "right_trans": _rotation, "clip_ratio": _ratio,
-}  # fmt: skip
-"""What is asked of the values of each tensor of an integer linear."""
 
 
 def _certificates(
@@ -291,8 +180,9 @@ def _certificates(
         entries = [json.loads(line) for line in lines]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         return Check("certificates", "", (f"{JOURNAL} cannot be read: {error}",))
-    if not all(isinstance(entry, dict) for entry in entries):
-        return Check("certificates", "", (f"{JOURNAL} cannot be read: a line that is no object",))
+    odd = next((number for number, entry in enumerate(entries, 1) if not _is_entry(entry)), None)
+    if odd is not None:
+        return Check("certificates", "", (f"{JOURNAL} cannot be read: line {odd} is none of qc compile",))
     wrong: list[str] = []
     done: dict[str, set[str]] = {}
     proofs: list[Mapping[str, Any]] = []
@@ -310,7 +200,9 @@ def _certificates(
             wrong.append(
                 f"{where}: claims to keep the function and has no proof of it (error {proof.get('math')})"
             )
-    planned: Mapping[str, int] = manifest.get("rewrites") or {}
+    planned = manifest.get("rewrites") or {}
+    if not isinstance(planned, dict) or not all(isinstance(count, int) for count in planned.values()):
+        return Check("certificates", "", (f"{MANIFEST} does not say how many rewrites each pass makes",))
     for name in planned.keys() | done.keys():
         want, got = planned.get(name, 0), len(done.get(name, ()))
         if want != got:
@@ -318,15 +210,25 @@ def _certificates(
     swapped = sum(len(quantized(entry)) for entry in entries)
     if modules is not None and swapped != len(modules):
         wrong.append(f"{len(modules)} linears are integers, the journal tells of {swapped}")
-    math_, stored = (
-        max((float(p.get(k, math.nan)) for p in proofs), default=0.0) for k in ("math", "stored")
-    )
+    math_, stored = (max((_number(p.get(k)) for p in proofs), default=0.0) for k in ("math", "stored"))
     return Check(
         "certificates",
         f"{sum(planned.values())} rewrites as planned, {len(proofs)} proofs, largest error {math_:.1e} (float64, limit "
         f"{LIMIT:g}), {stored:.1e} as stored",
         tuple(sorted(wrong)),
     )  # fmt: skip
+
+
+def _is_entry(value: Any) -> bool:
+    """Whether a line of the journal can be read as one: an object, with a name of its pass and words of its edits."""
+    if not isinstance(value, dict) or not isinstance(value.get("pass", ""), str):
+        return False
+    edits = value.get("edits", [])
+    return isinstance(edits, list) and all(isinstance(e, str) and len(e.split()) > 1 for e in edits)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _proved(proof: Mapping[str, Any]) -> bool:

@@ -75,8 +75,5 @@ def _differing(named: Mapping[str, Any], there: Mapping[str, Path]) -> list[str]
 
 
 def _short(digest: Any) -> str:
-    return (
-        f"{digest['bytes']} bytes, sha256 {digest['sha256'][:12]}"
-        if isinstance(digest, dict)
-        else str(digest)
-    )
+    known = isinstance(digest, dict) and {"bytes", "sha256"} <= digest.keys()
+    return f"{digest['bytes']} bytes, sha256 {str(digest['sha256'])[:12]}" if known else str(digest)

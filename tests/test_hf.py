@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import read, rewrite, save_float, save_quantized
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -18,6 +18,7 @@ import qc.hf
 from qc.compiler.description import block_of, described
 from qc.compiler.errors import Refused
 from qc.compiler.load import load
+from qc.compiler.targets.verdict import verdict
 from qc.runtime.formats import FORMATS
 from qc.runtime.linear import IntegerLinear
 
@@ -47,10 +48,56 @@ def test_every_format_is_what_qc_loads_and_goes_round(tmp_path: Path, kind: str,
     assert (tmp_path / "saved" / "model.safetensors").is_file()
     assert torch.equal(logits(from_pretrained(tmp_path / "saved")), wanted)
     assert torch.equal(logits(load(tmp_path / "saved")), wanted)
+    assert verdict(tmp_path / "saved", "transformers").word == "loads"
     before, _ = read(path)
     after = load_file(tmp_path / "saved" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+LOST: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda t: None, "loads"),
+    "a norm": (lambda t: t.pop("model.norm.weight"), "refuses"),
+    "half a norm": (lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:8].clone()}), "refuses"),
+    "its place": (lambda t: t.update({"model.more.weight": torch.ones(2)}), "refuses"),
+    "a scale": (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale"), "refuses"),
+    "its dtype": (
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].to(torch.int8)}),
+        "refuses",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_the_verdict_is_what_from_pretrained_does(what: str, tmp_path: Path) -> None:
+    change, word = LOST[what]
+    from_pretrained(
+        save_quantized(save_float(tmp_path / "float"), tmp_path / "q", "W8A8_DYNAMIC"), config=True
+    ).save_pretrained(tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    assert verdict(tmp_path / "out", "transformers").word == word
+    if word == "loads":
+        from_pretrained(tmp_path / "out")
+    else:
+        with pytest.raises(Refused):
+            from_pretrained(tmp_path / "out")
+
+
+def test_without_a_block_integers_are_read_as_floats(tmp_path: Path) -> None:
+    source = save_float(tmp_path / "float")
+    assert verdict(source, "transformers").word == "loads"
+    path = save_quantized(source, tmp_path / "q", "W8A8_DYNAMIC")
+    assert verdict(path, "modelslim").word == "loads"
+    assert verdict(path, "transformers").word == "ruins"
+    (path / "config.json").write_text(
+        json.dumps(
+            json.loads((path / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+        )
+    )
+    assert verdict(path, "transformers").word == "refuses"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mistral"])

@@ -154,6 +154,7 @@ DAMAGE: dict[str, Damage] = {
     r"\[64, 64\], the model's is \[64, 128\]": lambda t, d: t.update(
         {f"{DOWN}.weight": t[f"{DOWN}.weight"][:, :64].clone()}
     ),
+    "has the type 5": lambda t, d: d.update({f"{DOWN}.weight": 5}),
     "no linear of its own there": lambda t, d: d.update({"model.embed_tokens.weight": "W8A16"}),
     "is a bias, and the model has no place": lambda t, d: (
         t.update({"model.embed_tokens.bias": torch.zeros(64)}),
@@ -229,6 +230,17 @@ def test_generation_settings_come_from_the_files(tmp_path: Path) -> None:
     path = save_float(tmp_path / "float")
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert load(path).generation_config.eos_token_id == [2, 7]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_key_value_heads": -1}, {"vocab_size": 0}, {"text_config": 5}, {"quantization_config": 5}]
+)
+def test_a_config_of_no_model_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = save_float(tmp_path / "float")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(Refused, match=str(path)):
+        load(path)
 
 
 @pytest.mark.parametrize("text", ["[]", '"greedy"', "{"])

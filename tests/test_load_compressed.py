@@ -54,6 +54,31 @@ def test_it_computes_what_the_compiler_rounded(
     assert [check.wrong for check in verify(result.path)] == [()] * 4
 
 
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([], "must map names to groups"),
+        ({"group_0": {"targets": 5}}, "must map names to groups"),
+        ({"group_0": {"targets": ["re:("]}}, "must map names to groups"),
+        (
+            {"group_0": {"targets": ["re:.*"], "weights": {"type": "int", "num_bits": "four"}}},
+            "does not write",
+        ),
+    ],
+)
+def test_verify_tells_of_groups_that_are_none(
+    groups: Any, words: str, home: Callable[[str], Home], tmp_path: Path
+) -> None:
+    passes = "linear_quant"
+    out = compiled(
+        home("llama-128"), tmp_path / "out", passes, scheme="w8a8", target="compressed-tensors", samples=2
+    ).path
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"] = groups
+    (out / "config.json").write_text(json.dumps(config))
+    assert words in "\n".join(next(check for check in verify(out) if check.name == "tensors").wrong)
+
+
 MIXED = Scheme("mixed", (Rule(include=("*.experts.*",), scheme=W4A16), Rule(scheme=W8A8)))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qc.hf
+from qc.compiler.cli import main
 from qc.compiler.compile import Options, plan
 from qc.compiler.errors import Refused
+from qc.compiler.export import MANIFEST
 from qc.compiler.load import load
 from qc.compiler.recipe import read_recipe
 from qc.compiler.recipe_yaml import recipe_yaml
 from qc.compiler.targets.verdict import verdict
 from qc.compiler.verify import verify
 from tests.homes import Home, compiled, homes, logits, tensors_of
+from tests.programs import captured
 
 PASSES = "iter_smooth{enable_subgraph_type=ov+up-down},linear_quant"
 
@@ -100,6 +105,58 @@ def test_what_transformers_would_make_up_is_told(home: Home, tmp_path: Path) -> 
     found = verdict(out, "compressed-tensors")
     assert found.word == "ruins"
     assert [(one.rule, one.tensor) for one in found.findings] == [("C3", name)]
+
+
+def test_what_transformers_does_with_files_is_told(home: Home, tmp_path: Path) -> None:
+    """Files that it does not look for, integers under a float name, scales and shapes that cannot be."""
+    pytest.importorskip("compressed_tensors")
+    made = compiled(
+        home, tmp_path / "made", "linear_quant", scheme="w8a8-static", target="compressed-tensors"
+    ).path
+
+    def told(
+        change: Callable[[dict[str, Tensor]], object], made: Path = made, stem: str = "model"
+    ) -> list[Any]:
+        out = Path(shutil.copytree(made, tmp_path / "changed"))
+        (file,) = out.glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        for old in (file, *out.glob("*.index.json")):
+            old.unlink()
+        save_file(tensors, out / f"{stem}.safetensors")
+        if stem == "model":
+            save_file({"model.norm.weight": torch.zeros(1)}, out / "unread.safetensors")
+        found = verdict(out, "compressed-tensors")
+        shutil.rmtree(out)
+        return [(one.outcome, one.rule, one.tensor) for one in found.findings if one.outcome != "warns"]
+
+    norm, up = "model.norm.weight", "model.layers.0.mlp.up_proj"
+    assert told(lambda t: None) == []
+    assert told(lambda t: None, stem="quant_model_weights") == [
+        ("refuses", "C1", "quant_model_weights.safetensors")
+    ]
+    assert told(lambda t: t.update({norm: (9 * t[norm]).to(torch.int8)})) == [("ruins", "C4", norm)]
+    assert told(lambda t: t.update({f"{up}.weight_scale": 0 * t[f"{up}.weight_scale"]})) == [
+        ("ruins", "C6", f"{up}.weight_scale")
+    ]
+    assert told(lambda t: t.pop(f"{up}.input_zero_point")) == [("ruins", "C3", f"{up}.input_zero_point")]
+    packed = compiled(
+        home, tmp_path / "packed", "linear_quant", scheme="w4a16", target="compressed-tensors"
+    ).path
+    shape = f"{up}.weight_shape"
+    assert told(lambda t: t.update({shape: torch.tensor([128, 7])}), packed) == [("refuses", "C4", shape)]
+
+
+def test_a_packed_weight_that_says_another_width_is_refused(home: Home, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    out = compiled(
+        home, tmp_path / "out", "linear_quant", scheme="w4a16-g64", target="compressed-tensors"
+    ).path
+    (file,) = out.glob("*.safetensors")
+    shape = "model.layers.0.mlp.up_proj.weight_shape"
+    save_file(load_file(file) | {shape: torch.tensor([128, 7])}, file)
+    with pytest.raises(Refused, match="transformers does not load it"):
+        load(out)
 
 
 def test_without_the_library_the_plan_says_what_to_install(
@@ -202,9 +259,46 @@ def test_the_card_says_how_to_read_it(target: str, words: str, home: Home, tmp_p
     assert words in (out / "README.md").read_text()
 
 
+def test_the_command_on_the_card_makes_the_same_output(home: Home, tmp_path: Path) -> None:
+    out = compiled(
+        home,
+        tmp_path / "out",
+        "iter_smooth,linear_quant",
+        scheme="w8a8",
+        target="vllm-ascend[A3]==0.18",
+        samples=3,
+    ).path
+    card = (out / "README.md").read_text()
+    command = next(line.strip("`") for line in card.splitlines() if line.startswith("`qc compile"))
+    places = {"MODEL": str(home.path), "OUT": str(tmp_path / "again"), home.text.name: str(home.text)}
+    assert main([places.get(word, word) for word in shlex.split(command)[1:]]) == 0
+    first, second = (json.loads((path / MANIFEST).read_text()) for path in (out, tmp_path / "again"))
+    assert first["outputs"] == second["outputs"]
+    assert json.dumps(command)[1:-1] in (out / "report.html").read_text()
+
+
 def test_numpy_refuses_rewritten_floats(home: Home) -> None:
     found = plan(home.program, "quarot,linear_quant", Options(scheme="w8a8", target="numpy"))
     assert any("embed_tokens" in p and "have no place" in p for p in found.problems), found.problems
+
+
+@pytest.mark.parametrize(
+    ("family", "passes", "scheme", "words"),
+    [
+        ("llama-128", "quarot_online,linear_quant", "w4a4", "an online rotation"),
+        ("llama-128", "svd_res,linear_quant", "w8a8", "leave svd_res out"),
+        ("gpt2", "iter_smooth{enable_subgraph_type=non-fusion},linear_quant", "w8a8", "a division"),
+        ("llama-128", "iter_smooth{symmetric=false},linear_quant", "w8a8", "changes its bias"),
+        ("llama-128", "iter_smooth{symmetric=false},linear_quant", "w8a8-static", ""),
+        ("qwen2", "iter_smooth{enable_subgraph_type=ov},linear_quant", "w8a8", "changes its bias"),
+        ("qwen2", "iter_smooth{enable_subgraph_type=ov},linear_quant", "w8a8-static", ""),
+        ("qwen2", "iter_smooth{enable_subgraph_type=norm-linear},linear_quant", "w8a8", ""),
+    ],
+)
+def test_numpy_refuses_what_stands_beside_integers(family: str, passes: str, scheme: str, words: str) -> None:
+    """None of it is in a dictionary: whoever reads them would compute with the float model's, or with nothing."""
+    found = plan(captured(family), passes, Options(scheme=scheme, target="numpy")).problems
+    assert any(words in problem for problem in found) if words else not found, found
 
 
 RECIPE = """apiversion: modelslim_v1

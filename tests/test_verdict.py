@@ -22,11 +22,12 @@ DESCRIPTION = "quant_model_description.json"
 WEIGHTS = "quant_model_weights.safetensors"
 L0 = "model.layers.0"
 O, DOWN = f"{L0}.self_attn.o_proj", f"{L0}.mlp.down_proj"  # noqa: E741
-GATE, UP, Q, K = (
+GATE, UP, Q, K, V = (
     f"{L0}.mlp.gate_proj",
     f"{L0}.mlp.up_proj",
     f"{L0}.self_attn.q_proj",
     f"{L0}.self_attn.k_proj",
+    f"{L0}.self_attn.v_proj",
 )
 
 
@@ -87,6 +88,7 @@ def cache(scale: Tensor, offset: Tensor | None = None, switched: bool = True) ->
         if switched:
             files.description["kv_cache_type"] = "C8"
         files.put(f"{K}.kv_cache_scale", scale, "C8")
+        files.put(f"{V}.kv_cache_scale", torch.ones(64), "C8")
         if offset is not None:
             files.put(f"{K}.kv_cache_offset", offset, "C8")
 
@@ -179,6 +181,13 @@ MUTATIONS: dict[str, tuple[Mutation, str, str, str]] = {
 """What is done to a checkpoint, what the server does with it, and the rule and tensor that say so."""
 
 SILENT: dict[str, tuple[Mutation, str, str]] = {
+    "bits of deq_scale in a bfloat16 model": (
+        tensor(f"{UP}.deq_scale", lambda t: t.view(torch.int32).to(torch.int64)), "A5", f"{UP}.deq_scale",
+    ),
+    "a norm of integers": (
+        tensor("model.norm.weight", lambda t: (50 * t).to(torch.int8)), "A5", "model.norm.weight",
+    ),
+    "a scale of 0 of a cache": (cache(torch.zeros(64)), "A9", f"{K}.kv_cache_scale"),
     "an int4 of 8": (tensor(f"{DOWN}.weight", lambda t: torch.full_like(t, 8)), "A9", f"{DOWN}.weight"),
     "a scale of 0": (tensor(f"{O}.weight_scale", torch.zeros_like), "A9", f"{O}.weight_scale"),
     "a scale of inf": (tensor(f"{O}.weight_scale", lambda t: t / 0), "A9", f"{O}.weight_scale"),

@@ -49,6 +49,19 @@ def test_a_tensor_in_two_files_is_ruined(out: Path) -> None:
     assert rules(verdict(out, "vllm-ascend")) == {("ruins", "A2")}
 
 
+@pytest.mark.parametrize(
+    ("tp", "where"),
+    [(1, set()), (2, set()), (4, set()), (3, {"config.json", "down_proj"}), (8, {"config.json"})],
+)
+def test_ranks_over_which_nothing_can_be_dealt_out_are_refused(tp: int, where: set[str], out: Path) -> None:
+    """Four heads, 128 channels of the MLP: three ranks divide neither."""
+    found = verdict(out, "vllm-ascend", tp)
+    told = {f.tensor.rpartition(".layers.0.mlp.")[2] for f in found.findings if "layers.1" not in f.tensor}
+    assert where <= told
+    assert found.word == ("refuses" if where else "loads")
+    assert {f.rule for f in found.findings} <= {"A10"}
+
+
 def test_a_stale_index_is_refused(out: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -85,14 +98,31 @@ def test_embeddings_need_an_entry_in_0_18_alone(out: Path) -> None:
 
 
 def test_cache_offsets_are_taken_off_by_0_18_alone(out: Path) -> None:
-    key = "model.layers.0.self_attn.k_proj.kv_cache"
+    key, other = (f"model.layers.0.self_attn.{one}_proj.kv_cache" for one in "kv")
     change(
         out,
-        {f"{key}_scale": torch.ones(64), f"{key}_offset": torch.ones(64)},
+        {f"{key}_scale": torch.ones(64), f"{other}_scale": torch.ones(64), f"{key}_offset": torch.ones(64)},
         {f"{key}_scale": "C8", f"{key}_offset": "C8", "kv_cache_type": "C8"},
     )
     words = {version: verdict(out, f"vllm-ascend=={version}").word for version in ("0.18", "0.23", "main")}
     assert words == {"0.18": "loads", "0.23": "ruins", "main": "ruins"}
+
+
+def test_a_cache_needs_the_scales_of_keys_and_of_values(out: Path) -> None:
+    key = "model.layers.0.self_attn.k_proj.kv_cache_scale"
+    change(out, {key: torch.ones(64)}, {key: "C8", "kv_cache_type": "C8"})
+    found = verdict(out, "vllm-ascend")
+    assert [(f.outcome, f.rule, f.tensor) for f in found.findings if f.outcome != "warns"] == [
+        ("refuses", "A11", key.replace("k_proj", "v_proj"))
+    ]
+
+
+@pytest.mark.parametrize("leaf", ["weight", "weight_scale", "weight_offset"])
+@pytest.mark.parametrize("change_of", [lambda t: t[:0], lambda t: t.reshape(-1)[0]])
+def test_a_tensor_without_numbers_or_axes_is_told_by_its_shape(leaf: str, change_of: Any, out: Path) -> None:
+    name = f"model.layers.0.mlp.down_proj.{leaf}"
+    change(out, {name: change_of(read(out)[0][name]).contiguous()}, {})
+    assert ("refuses", "A5") in rules(verdict(out, "vllm-ascend"))
 
 
 def test_w4a8_linears_are_per_group_until_0_23_and_gone_since(out: Path) -> None:

@@ -90,6 +90,10 @@ def first(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def float8(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
 def described(change: Callable[[dict], object]) -> Callable[[Path], None]:
     def mutate(out: Path) -> None:
         found = json.loads((out / DESCRIPTION).read_text())
@@ -138,6 +142,14 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "scales of half the size": (put(f"{PLAIN}.weight_scale", lambda t: t[:8]), "tensors", "needs"),
     "scales in bfloat16": (put(f"{PLAIN}.weight_scale", lambda t: t.bfloat16()), "tensors", "needs"),
     "a weight in int32": (put(f"{PLAIN}.weight", lambda t: t.int()), "tensors", "needs"),
+    "a weight without numbers": (put(f"{PLAIN}.weight", lambda t: t[:0]), "tensors", "needs"),
+    "a scale in float8": (put(f"{PLAIN}.weight_scale", float8), "tensors", "needs"),
+    "a norm of nan in float8": (
+        put("model.norm.weight", lambda t: float8(first(float("nan"))(t))), "values", "1 of 64 numbers",
+    ),
+    "a factor without rows": (put(f"{ROTATED}.left_trans", lambda t: t[:0]), "tensors", "square matrix"),
+    "a factor of one number": (put(f"{ROTATED}.right_trans", lambda t: t[0, 0]), "tensors", "square matrix"),
+    "a type that is a number": (described(lambda d: d.update({f"{PLAIN}.weight": 5})), "tensors", "the type 5"),
     "another type": (described(lambda d: d.update({f"{PLAIN}.weight": "W8A8"})), "tensors", "is missing"),
     "another type of a scale": (
         described(lambda d: d.update({f"{PLAIN}.weight_scale": "W8A8_DYNAMIC"})), "tensors", "its linear is",
@@ -164,6 +176,22 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "no journal": (lambda out: (out / JOURNAL).unlink(), "certificates", "cannot be read"),
     "a journal of numbers": (lambda out: (out / JOURNAL).write_text("5\n6"), "certificates", "cannot be read"),
+    "edits that are numbers": (
+        journal(lambda lines: next(e for e in lines if "edits" in e).update(edits=[1])), "certificates", "is none of",
+    ),
+    "no edits": (
+        journal(lambda lines: next(e for e in lines if "edits" in e).update(edits=None)), "certificates", "is none of",
+    ),
+    "a pass that is no name": (
+        journal(lambda lines: next(e for e in lines if "pass" in e).update({"pass": []})), "certificates", "is none of",
+    ),
+    "an error in words": (proof(math="small"), "certificates", "no proof"),
+    "rewrites in words": (
+        lambda out: (out / MANIFEST).write_text(
+            json.dumps(json.loads((out / MANIFEST).read_text()) | {"rewrites": {"linear_quant": "all"}})
+        ),
+        "certificates", "how many rewrites",
+    ),
     "a certificate of words": (
         journal(lambda lines: next(e for e in lines if "certificate" in e).update(certificate="yes")),
         "certificates", "no proof",
@@ -204,6 +232,13 @@ def test_what_is_spoiled_is_found_by_its_check(name: str, out: Path) -> None:
 def test_files_are_compared_with_their_digests(mutate: Callable, words: str, out: Path) -> None:
     mutate(out)
     assert words in wrong(out)["files"]
+
+
+def test_a_digest_that_is_none_is_found_without_a_crash(out: Path) -> None:
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["outputs"]["config.json"] = {"size": 1}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    assert "config.json has changed" in wrong(out)["files"]
 
 
 def test_a_file_cut_short_is_found_without_a_crash(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

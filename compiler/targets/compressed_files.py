@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr
 from itertools import product
 from pathlib import Path
@@ -16,11 +16,14 @@ from ..capture_experts import stacks_of
 from ..capture_sizes import model_on_meta
 from ..expert_weights import Piece
 from ..load_modules import renaming
-from ..shards import find_shards
-from .stored import stored
+from ..shards import STEMS, weights_file
+from .stored import Stored, read_by_name, without_block
 from .target import Finding
 from .vllm_parameters import Parameter
 from .vllm_tensors import fits
+
+NAMES = (f"{STEMS[0]}.safetensors", f"{STEMS[0]}.safetensors.index.json")
+"""Files by which transformers finds weights, where config.json names no other."""
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
@@ -35,14 +38,18 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    files = stored(directory)
+    files = read_by_name(directory)
     found = list(files.findings)
+    weights = weights_file(directory)
+    if weights is not None and weights.name not in (*NAMES, files.config.get("transformers_weights")):
+        why = f"transformers looks for {' or '.join(NAMES)}"
+        found.append(Finding("refuses", "C1", weights.name, why))
     block = files.config.get("quantization_config")
     if not isinstance(block, Mapping) or block.get("quant_method") != "compressed-tensors":
-        why = "it has no quantization_config of compressed-tensors: transformers takes the model for float"
-        return (*found, Finding("refuses", "C1", "config.json", why))
+        return (*found, without_block(files, "C1", "compressed-tensors"))
     model = model_on_meta(directory, trust_remote_code)
     name_of = renaming(model)
+    widths = {n: m.in_features for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     try:
         config = QuantizationConfig.model_validate(dict(block))
         with redirect_stderr(io.StringIO()):  # progress bars of the library
@@ -54,7 +61,6 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
             *found,
             Finding("refuses", "C1", "config.json", f"the library refuses its quantization_config: {reason}"),
         )
-    find_shards(directory)  # transformers reads by the same names
     wanted = {name: Parameter(t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     names = {disk: disk if disk in wanted else name_of(disk) for disk in files.entries}
     own, held = _of_experts(model, config, set(names.values()))
@@ -74,9 +80,23 @@ def judged(directory: Path, trust_remote_code: bool) -> tuple[Finding, ...]:
                 Finding("ruins", "C2", disk, "the model has no such tensor: transformers leaves it out")
             )
     for name in sorted(wanted.keys() - set(names.values()) - ties):
-        if not name.endswith("_zero_point"):
-            found.append(Finding("ruins", "C3", name, "it is in no file: transformers makes it up at random"))
-    return tuple(found)
+        found.append(Finding("ruins", "C3", name, "it is in no file: transformers makes it up at random"))
+    return (*found, *_values(files, names, widths))
+
+
+def _values(files: Stored, names: Mapping[str, str], widths: Mapping[str, int]) -> Iterator[Finding]:
+    """Scales that are no positive numbers, and packed weights of which too few channels are said to be there."""
+    for disk, entry in files.entries.items():
+        width = widths.get(names[disk].removesuffix(".weight_shape"), 0)
+        if names[disk].endswith(".weight_shape") and entry.shape == (2,) and files.read(disk)[1] < width:
+            why = f"it says {files.read(disk).tolist()}, and the linear has {width} input channels"
+            yield Finding("refuses", "C4", disk, why)
+        elif disk.endswith((".weight_scale", ".input_scale")) and entry.dtype.is_floating_point:
+            scales = files.read(disk).float()
+            bad = int((~(scales > 0) | ~torch.isfinite(scales)).sum())
+            if bad:
+                why = f"{bad} of {scales.numel()} scales are no positive numbers"
+                yield Finding("ruins", "C6", disk, why)
 
 
 def _of_experts(

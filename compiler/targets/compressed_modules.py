@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...runtime.linear import IntegerLinear
+from ..errors import Refused
 from ..safetensors_io import read_tensors
 from ..scheme import Int, LinearScheme
 from ..shards import Shards
@@ -26,13 +27,16 @@ def modules_of_block(
         shards: The tensors.
         block: The ``quantization_config``.
         dtype: That of the floats.
+
+    Raises:
+        Refused: Its groups are none, or one has no targets that can be read.
     """
     modules: dict[str, IntegerLinear] = {}
     wrong: list[str] = []
-    groups = [group for group in (block.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    groups = _groups(block)
     prefixes = {name.rpartition(".")[0] for name in shards.entries if name.endswith((SCALE, PACKED, SHAPE))}
     for prefix in sorted(prefixes):
-        found = [group for group in groups if _is_meant(prefix, group.get("targets") or ())]
+        found = [group for group in groups if _is_meant(prefix, group["targets"])]
         scheme = _scheme(found[0]) if found else None
         format = COMPRESSED_TENSORS.format_of(scheme, False) if scheme is not None else None
         if scheme is None or scheme.weight is None or format is None:
@@ -55,7 +59,21 @@ def modules_of_block(
     return modules, wrong
 
 
-def _is_meant(prefix: str, targets: Any) -> bool:
+def _groups(block: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = block.get("config_groups")
+    found: list[Mapping[str, Any]] = list(groups.values()) if isinstance(groups, Mapping) else [{}]
+    try:
+        for target in (target for group in found for target in group["targets"]):
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+    except (TypeError, KeyError, AttributeError, re.error) as error:
+        raise Refused(
+            "quantization_config: config_groups must map names to groups with a list of targets, as qc compile writes"
+            f" it ({type(error).__name__}: {error})"
+        ) from error
+    return found
+
+
+def _is_meant(prefix: str, targets: Sequence[str]) -> bool:
     """Whether a target means a linear; the name on disk may have a part in front that the model's has not."""
     for target in targets:
         if target.startswith("re:"):
@@ -75,8 +93,10 @@ def _scheme(group: Mapping[str, Any]) -> LinearScheme | None:
 def _int(args: Any) -> Int | None:
     if not isinstance(args, Mapping) or args.get("type") != "int":
         return None
-    per, group = args.get("strategy", "channel"), int(args.get("group_size") or 0)
-    return Int(int(args["num_bits"]), per, group=group, symmetric=bool(args.get("symmetric", True)))
+    bits, per, group = args.get("num_bits"), args.get("strategy", "channel"), args.get("group_size") or 0
+    if not isinstance(bits, int) or not isinstance(group, int):
+        return None
+    return Int(bits, per, group=group, symmetric=bool(args.get("symmetric", True)))
 
 
 def _size(shards: Shards, prefix: str) -> tuple[int, int] | None:

@@ -20,6 +20,7 @@ from . import ascendv1
 from .ascendv1_files import consistent
 from .modelslim import ModelSlim
 from .served import LinearSite, ModelFacts
+from .stored import stored
 from .target import Finding, Layout, Problem
 
 KINDS = ("W8A8", "W8A8_DYNAMIC")
@@ -95,7 +96,7 @@ class Mindie(ModelSlim):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """Whether tensors and description agree; what MindIE does beyond that nobody here has read."""
-        return consistent(directory, f"{FOR_MINDIE}*.json", description_for_mindie)
+        return consistent(stored(directory), f"{FOR_MINDIE}*.json", lambda: description_for_mindie(directory))
 
 
 def kind_of(layout: Layout) -> str:

@@ -14,6 +14,7 @@ from ..scheme import LinearScheme
 from . import ascendv1
 from .ascendv1_files import consistent
 from .served import LinearSite, ModelFacts
+from .stored import stored
 from .target import DiskNames, Finding, Layout, Problem, Target
 
 
@@ -96,7 +97,7 @@ class ModelSlim(Target):
         self, directory: Path, *, tp: int = 1, deep: bool = True, trust_remote_code: bool = False
     ) -> tuple[Finding, ...] | None:
         """Whether tensors and description agree; no one reader is meant."""
-        return consistent(directory, ascendv1.DESCRIPTION, _described)
+        return consistent(stored(directory), ascendv1.DESCRIPTION, lambda: _described(directory))
 
 
 def _described(directory: Path) -> dict[str, Any] | None:

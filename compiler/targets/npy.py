@@ -5,7 +5,7 @@ They are written and never read: a ``.npy`` of a dictionary is a pickle, which c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from ..edit import Verb
 from ..safetensors_io import read_header, read_tensors
 from .modelslim import ModelSlim
-from .target import Finding, Layout
+from .served import LinearSite, ModelFacts
+from .target import Finding, Layout, Problem
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -24,6 +26,8 @@ NAMES = {"weight": "quant_weight"}
 """Files that are not called after their tensors."""
 NORMS = "anti_fp_norm"
 """The file of norms, which take up what smoothing moves."""
+ON_BIAS = (Verb.SCALE_OUT, Verb.SHIFT_IN, Verb.ROTATE_OUT)
+"""What an edit does that changes the bias of a linear."""
 GRIDS = {"fa_q": "fa_quant_", "fa_k": "fa_quant_", "fa_v": "fa_quant_"}
 """Modules of quantized attentions, and how their files begin."""
 
@@ -37,9 +41,25 @@ class Numpy(ModelSlim):
         "dictionaries in .npy files, for readers of the older interface; written, never read"
     )
 
+    def check(self, sites: Sequence[LinearSite], model: ModelFacts) -> tuple[Problem, ...]:
+        """What the layout has no type for, and what stands in float before or beside integers: it has no dictionary."""
+        found = list(super().check(sites, model))
+        for site in sites:
+            kept = (
+                ("an online rotation of its input", site.online, "the pass that rotates it"),
+                ("a division of its input", site.divided, "the type non-fusion"),
+                (f"{site.beside} in float beside its integers", site.beside, site.beside_by),
+            )
+            found += [
+                Problem("place", site.name, f"it has {what}, for which there is no dictionary",
+                        f"leave {by} out, or --target modelslim")
+                for what, there, by in kept if there
+            ]  # fmt: skip
+        return tuple(found)
+
     def problems(self, plan: Plan) -> tuple[str, ...]:
-        """Those of the layout, and float tensors that a pass rewrites: there is no place for them."""
-        return (*super().problems(plan), *_lost(plan))
+        """Also float tensors that a pass rewrites, biases of integer linears among them: there is no place for them."""
+        return (*super().problems(plan), *_lost(plan), *_lost_biases(plan))
 
     def config(self, config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
         """As it is."""
@@ -109,3 +129,23 @@ def _lost(plan: Plan) -> Iterator[str]:
 
 
 NUMPY = Numpy()
+
+
+def _lost_biases(plan: Plan) -> Iterator[str]:
+    """Integer linears whose bias a pass changes and whose format does not hold it in integers."""
+    nodes = {str(node.target): node for node in plan.final.graph.nodes if node.meta.get("scheme") is not None}
+    told: dict[str, list[str]] = {}
+    for step in plan.steps:
+        for rewrite in step.answer.rewrites:
+            for edit in rewrite.edits:
+                node = nodes.get(edit.site.module)
+                if node is None or edit.verb not in ON_BIAS or node.meta["scheme"].scope == "tensor":
+                    continue
+                if "bias" in plan.final.leaves[edit.site.module].parameters or node.meta.get("bias_from"):
+                    told.setdefault(rewrite.pass_name, []).append(edit.site.module)
+    for name, modules in told.items():
+        more = f" and {len(set(modules)) - 1} more alike" if len(set(modules)) > 1 else ""
+        yield (
+            f"{modules[0]}{more}: {name} changes its bias, for which the dictionaries have a place with w8a8-static"
+            f" alone; take that, leave {name} out, or --target modelslim"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import Refused
 from ..safetensors_io import Entry, read_header, read_tensors
-from ..shards import nothing, read_json
+from ..shards import find_shards, nothing, read_json
 from .target import Finding
 
 INDEX = "model.safetensors.index.json"
@@ -81,6 +81,38 @@ def stored(directory: Path) -> Stored:
                 ))  # fmt: skip
             entries[name], file[name] = entry, path
     return Stored(directory, config, entries, file, tuple(found))
+
+
+def read_by_name(directory: Path) -> Stored:
+    """The same as transformers and qc read it: one file, or the shards of one index, by its name, and no other.
+
+    Raises:
+        Refused: As for ``stored``.
+    """
+    whole = stored(directory)
+    try:
+        shards = find_shards(directory)
+    except Refused as error:
+        why = str(error).removeprefix(f"{directory}: ")
+        return replace(whole, findings=(Finding("refuses", "A2", directory.name, why),))
+    others = sorted({path.name for path in directory.glob("*.safetensors")} - {p.name for p in shards.files})
+    unread = (Finding("warns", "A2", name, "no tensor of it is read") for name in others)
+    return Stored(directory, whole.config, shards.entries, shards.file, tuple(unread))
+
+
+def without_block(files: Stored, rule: str, method: str) -> Finding:
+    """What transformers makes of a directory whose config.json has no ``quantization_config`` of a method."""
+    other = files.config.get("quantization_config")
+    if other:
+        given = other.get("quant_method") if isinstance(other, Mapping) else other
+        why = f"its quantization_config is of {given!r}, and not of {method!r}"
+        return Finding("refuses", rule, "config.json", why)
+    why = f"it has no quantization_config of {method!r}: transformers reads everything as float"
+    if all(entry.dtype.is_floating_point for entry in files.entries.values()):
+        return Finding("warns", rule, "config.json", why)
+    return Finding(
+        "ruins", rule, "config.json", f"{why}, integers too, and only reports tensors that it does not know"
+    )
 
 
 def _listed(directory: Path) -> set[str] | None:

@@ -19,6 +19,7 @@ from .releases import Release
 from .stored import Stored, stored
 from .target import Finding
 from .vllm_layers import FLOAT, Served, served
+from .vllm_ranks import ranks
 from .vllm_tensors import tensors
 from .vllm_values import grids, sizes_of_ops, values
 
@@ -64,6 +65,7 @@ def judged(
     found += tensors(files, sizes, server, names, described)
     found += values(files, server, names, deep)
     found += sizes_of_ops(sizes, server)
+    found += ranks(files, sizes, server, tp)
     found += grids(files, sizes, release, names, described)
     found += _keys(files, described, server)
     found += _entries(files, described)

@@ -90,6 +90,10 @@ def fits(files: Stored, disk: str, entry: TensorSpec, parameter: Parameter) -> I
             disk,
             f"it is {stored_as} and is copied into {parameter}: other numbers, without a word",
         )
+    elif parameter.dtype.is_floating_point and not (entry.dtype.is_floating_point or disk.endswith("offset")):
+        stored_as = str(entry.dtype).removeprefix("torch.")
+        why = f"it is {stored_as} and is copied into {parameter}: integers are not what they stand for, without a word"
+        yield Finding("ruins", "A5", disk, why)
 
 
 def lossy(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,9 +29,12 @@ def values(files: Stored, server: Served, names: Mapping[str, str], deep: bool) 
             continue
         if leaf == "weight" and not (deep and kind in ("W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC")):
             continue
-        if leaf in ("quant_bias", "scale_bias", "bias") or not files.entries[disk].shape:
-            continue
-        why = _wrong(leaf, kind, files.read(disk), server.parameters[module][leaf].dtype)
+        parameter, entry = server.parameters[module][leaf], files.entries[disk]
+        if leaf in ("quant_bias", "scale_bias", "bias") or entry.shape != parameter.shape or not entry.nbytes:
+            continue  # told by its shape
+        tensor = files.read(disk)
+        wide = tensor.float() if entry.dtype.is_floating_point else tensor  # float8 has no comparisons
+        why = _wrong(leaf, kind, wide, parameter.dtype)
         if why:
             yield Finding("ruins", "A9", disk, why)
 
@@ -51,9 +55,7 @@ def _wrong(leaf: str, kind: str, tensor: Tensor, wanted: torch.dtype) -> str:
             tensor = tensor.to(torch.int32).view(torch.float32)
         elif wanted == torch.int64:
             return ""  # told by its dtype
-        held = tensor.to(wanted) if wanted.is_floating_point else tensor
-        bad = int((~(held > 0) | ~torch.isfinite(held)).sum())
-        return f"{bad} of {tensor.numel()} scales are no positive numbers" if bad else ""
+        return _not_positive(tensor.to(wanted) if wanted.is_floating_point else tensor)
     if leaf == "weight_offset" and kind in SYMMETRIC:
         return "the server reads no offset of such weights, and this one is not zero" if tensor.any() else ""
     if leaf == "clip_ratio":
@@ -64,6 +66,11 @@ def _wrong(leaf: str, kind: str, tensor: Tensor, wanted: torch.dtype) -> str:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         return "some numbers are not finite"
     return ""
+
+
+def _not_positive(scales: Tensor) -> str:
+    bad = int((~(scales > 0) | ~torch.isfinite(scales)).sum())
+    return f"{bad} of {scales.numel()} scales are no positive numbers" if bad else ""
 
 
 def sizes_of_ops(sizes: Sizes, server: Served) -> Iterator[Finding]:
@@ -120,10 +127,7 @@ def grids(
             why = "the description does not say kv_cache_type C8: there is no such parameter"
             yield Finding("refuses", "A11", disk, why)
             continue
-        count = 1
-        for side in entry.shape:
-            count *= side
-        if count != heads * per_head:
+        if (count := prod(entry.shape)) != heads * per_head:
             yield Finding(
                 "refuses",
                 "A11",
@@ -137,6 +141,8 @@ def grids(
         elif name.endswith("offset") and not release.reads_offsets and bool(files.read(disk).any()):
             why = "it is added when the cache is written and not taken off when it is read"
             yield Finding("ruins", "A11", disk, why)
+        elif name.endswith("scale") and (bad := _not_positive(files.read(disk).float())):
+            yield Finding("ruins", "A9", disk, bad)
         if release.cached and sizes.architecture not in release.cached and not warned:
             warned = True
             yield Finding(
@@ -144,3 +150,21 @@ def grids(
                 f"vllm-ascend {release.version} loads scales of caches itself for {', '.join(sorted(release.cached))}"
                 " alone; what vLLM does with others was not read",
             )  # fmt: skip
+    if switched:
+        yield from _without_scales(sizes, names, described)
+
+
+def _without_scales(
+    sizes: Sizes, names: Mapping[str, str], described: Mapping[str, object]
+) -> Iterator[Finding]:
+    """Caches of int8, one for every key of the description with this ending, of which a scale is in no file.
+
+    The server starts from one number, and views it as one per channel in its first step. Offsets start from zero.
+    """
+    ending, held = ".k_proj.kv_cache_scale", set(names.values())
+    for attention in (key.removesuffix(ending) for key in described if key.endswith(ending)):
+        for one in ("k", "v"):
+            disk = f"{attention}.{one}_proj.kv_cache_scale"
+            if sizes.name_of(disk) not in held:
+                why = "its cache is int8 and it is in no file: the first step has one number for all heads"
+                yield Finding("refuses", "A11", disk, why)
