@@ -18,7 +18,7 @@ BEST_W4A4 = Named(
 )  # fmt: skip
 BEST_W4A16 = Named(
     "weights in four bits, in groups of 64, activations float",
-    "gptq", "w4a16-g64", "modelslim", "w4a16-g64-gptq", 1.082, 0.1103,
+    "autoround{iters=50}", "w4a16-g64", "modelslim", "w4a16-g64", 1.072, 0.09709,
 )  # fmt: skip
 SMOOTHQUANT_O1 = Named(
     "SmoothQuant O1: one scale per weight tensor, one per token",
