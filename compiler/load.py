@@ -15,6 +15,7 @@ from .capture_experts import register as register_experts
 from .capture_grids import check_grids_run
 from .capture_model import constants, is_hub_id, subject
 from .compressed_library import NAME as COMPRESSED_TENSORS
+from .config_dtype import config_dtype
 from .description import block_by, description_of, own_block
 from .errors import Refused
 from .load_compressed import load_compressed
@@ -103,12 +104,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The dtype of the model that a directory was made for: integer linears hold some of their tensors in it."""
-    config = read_json(path / "config.json")
-    for part in (own_block(path) or {}, config, config.get("text_config") or {}):
-        found = getattr(torch, str(part.get("dtype") or part.get("torch_dtype")), None)
-        if isinstance(found, torch.dtype):
-            return found
-    return torch.float32
+    return config_dtype(own_block(path), read_json(path / "config.json")) or torch.float32
 
 
 def _in_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

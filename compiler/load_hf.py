@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .capture_experts import STACKS
 from .capture_experts import register as register_experts
 from .capture_grids import check_grids_run
+from .config_dtype import config_dtype
 from .description import DESCRIPTION, METHOD, block_of, described, description_of
 from .errors import Refused
 from .export import CARD
@@ -103,7 +104,13 @@ class Quantizer(HfQuantizer):
         description = self._description(model, path)
         stored = stored_dtype(path)
         if self.quantization_config.dtype is not None:
-            stored = getattr(torch, self.quantization_config.dtype)
+            named = config_dtype({"dtype": self.quantization_config.dtype})
+            if named is None:
+                raise Refused(
+                    f"{path}: its quantization_config says the dtype {self.quantization_config.dtype!r}, and torch has"
+                    " none of that name"
+                )
+            stored = named
         self.quantization_config.fill(description, stored)
         name_of, self._grids = install(model, path, description, stored, dtype or stored)
         for (

@@ -16,6 +16,7 @@ import torch
 from ..runtime.linear import IntegerLinear
 from .certificate import LIMIT
 from .compressed_library import NAME as COMPRESSED_TENSORS
+from .config_dtype import config_dtype
 from .description import DESCRIPTION, FLOAT, FLOATS, GLOBAL, GRIDS, TURNS, block_by, description_of
 from .errors import Refused
 from .export import MANIFEST
@@ -75,7 +76,7 @@ def verify(path: str | Path, model: str | Path | None = None) -> tuple[Check, ..
 def _linears(path: Path) -> tuple[Shards, dict[str, IntegerLinear], Mapping[str, Any], list[str]]:
     """The tensors, the integer linears that they make, their types where a description has them, and what is wrong."""
     shards = find_shards(path)
-    dtype = _dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
+    dtype = config_dtype(read_json(path / "config.json")) if (path / "config.json").is_file() else None
     block = block_by(COMPRESSED_TENSORS, path)
     if block is not None:
         modules, wrong = modules_of_block(shards, block, dtype or torch.bfloat16)
@@ -85,11 +86,6 @@ def _linears(path: Path) -> tuple[Shards, dict[str, IntegerLinear], Mapping[str,
         raise Refused(f"{path}: neither {DESCRIPTION} nor a quantization_config says what its tensors are")
     modules, wrong = modules_of(shards, description, dtype)
     return shards, modules, description, wrong
-
-
-def _dtype(config: Mapping[str, Any]) -> torch.dtype | None:
-    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-    return found if isinstance(found, torch.dtype) else None
 
 
 class Headers(Protocol):

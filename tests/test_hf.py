@@ -212,6 +212,13 @@ def test_what_qc_did_not_write_is_refused(tmp_path: Path) -> None:
         from_pretrained(quantized, config=True)
 
 
+@pytest.mark.parametrize("dtype", ["bf17", "nn", 16])
+def test_a_block_names_a_dtype(tmp_path: Path, dtype: Any) -> None:
+    quantized = save_quantized(save_float(tmp_path / "float"), tmp_path / "q", "W8A8_DYNAMIC")
+    with pytest.raises(Refused, match=f"says the dtype {dtype!r}, and torch has none"):
+        from_pretrained(quantized, quantization_config=qc.hf.Config(dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..config_dtype import config_dtype
 from ..errors import Refused
 from ..safetensors_io import Entry, read_header, read_tensors
 from ..shards import find_shards, nothing, read_json
@@ -39,18 +40,12 @@ class Stored:
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """The dtype that the config names for floats."""
-        text = self.config.get("text_config")
-        named = [part.get(key) for part in (self.config, text) if isinstance(part, Mapping) for key in KEYS]
-        found = getattr(torch, str(next((one for one in named if one), None)), None)
-        return found if isinstance(found, torch.dtype) else None
+        return config_dtype(self.config)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A JSON object beside the weights; None where there is no such file. Refused where it is none."""
         file = self.directory / name
         return read_json(file) if file.is_file() else None
-
-
-KEYS = ("dtype", "torch_dtype")
 
 
 def stored(directory: Path) -> Stored:
