@@ -45,8 +45,8 @@ class Recipe:
 
 RECIPES = {
     "w8a8": Recipe("iter_smooth,linear_quant", "w8a8", 1.02, kl_of=("rtn-w8a8", 0.75)),
-    "auto": Recipe("iter_smooth,flatquant,gptq", "auto", 1.25),
-    "w4a4": Recipe("iter_smooth,flatquant,gptq", "w4a4", 1.5),
+    "auto": Recipe("iter_smooth,flatquant,autoround", "auto", 1.25),
+    "w4a4": Recipe("iter_smooth,flatquant,autoround", "w4a4", 1.5),
     "w4a16-g64": Recipe("autoround{iters=50}", "w4a16-g64", 1.10, target="modelslim"),
     "w4a16-g64-gptq": Recipe("gptq", "w4a16-g64", 1.12, target="modelslim"),
     "rtn-w8a8": Recipe("linear_quant", "w8a8"),

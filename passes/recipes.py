@@ -10,11 +10,11 @@ BEST_W8A8 = Named(
 )  # fmt: skip
 BEST_AUTO = Named(
     "half of the weights in four bits, for speed at little loss",
-    "iter_smooth,flatquant,gptq", "auto", "vllm-ascend", "auto", 1.137, 0.1267,
+    "iter_smooth,flatquant,autoround", "auto", "vllm-ascend", "auto", 1.102, 0.1121,
 )  # fmt: skip
 BEST_W4A4 = Named(
     "every linear of the blocks in four bits, weights and activations",
-    "iter_smooth,flatquant,gptq", "w4a4", "vllm-ascend", "w4a4", 1.277, 0.2373,
+    "iter_smooth,flatquant,autoround", "w4a4", "vllm-ascend", "w4a4", 1.252, 0.2264,
 )  # fmt: skip
 BEST_W4A16 = Named(
     "weights in four bits, in groups of 64, activations float",
