@@ -75,6 +75,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.broad
 def test_all_types_in_one_model_of_every_family_and_dtype(program: Any, text: Path, tmp_path: Path) -> None:
     outs: dict[Path, str] = {}
     passes = "online_rotation{include=*layers.1.mlp.down_proj+*layers.2.mlp.down_proj},linear_quant"
