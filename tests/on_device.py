@@ -53,17 +53,19 @@ PASSES = {
     "fa3_quant{fa_amp=1,fa_v=per_token,recall_qk=0.9},linear_quant": "w8a8",
     "quarot_online,linear_quant": "w4a4",
 }
-"""Passes and the scheme that they are compiled in; together they hold every pass that has something to solve."""
+"""Passes and the scheme that they are compiled in; with `LEARNED` they hold every pass that has something to solve."""
+NEAR = 2e-3
+"""What a step of one scale in the other direction may change."""
 LEARNED = {
-    "iter_smooth,flatquant{iters=2},linear_quant": "w4a4",
-    "iter_smooth,quarot,autoround{iters=2}": "auto",
+    "iter_smooth,flatquant{iters=2},linear_quant": ("w4a4", 1e-4),
+    "iter_smooth,quarot,autoround{iters=2}": ("auto", NEAR),
 }
 """Where gradients that come together by several ways are added in another order, and the last bits are others.
 
+With the scheme, and the share of integers and the distance of floats that are allowed.
+
 A scale of autoround steps by the sign of its gradient: where that is next to nothing, the last bits turn it.
 """
-NEAR = 2e-3
-"""Share of integers that are others then, and distance of floats."""
 
 
 def model(config: Any) -> Program:
@@ -145,12 +147,15 @@ def test_files_are_those_of_the_host_byte_for_byte(compiled: Compile, passes: st
 
 
 @pytest.mark.broad
-@pytest.mark.parametrize(("passes", "scheme"), LEARNED.items())
-def test_what_is_learned_differs_in_the_last_bits(compiled: Compile, passes: str, scheme: str) -> None:
+@pytest.mark.parametrize(("passes", "allowed"), LEARNED.items())
+def test_what_is_learned_differs_in_the_last_bits(
+    compiled: Compile, passes: str, allowed: tuple[str, float]
+) -> None:
+    scheme, tolerance = allowed
     same(
         compiled(llama(), passes, scheme=scheme),
         compiled(llama(), passes, NAME, scheme=scheme),
-        tolerance=NEAR,
+        tolerance=tolerance,
     )
 
 
